@@ -1,0 +1,163 @@
+"""Arrival processes: a gap law run through a rate profile.
+
+Every synthetic process is a renewal process of unit rate whose clock runs at the profile's rate, so one sampler
+serves Poisson, smooth and bursty gaps under constant, daily and on/off rates.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from llmopt.lengths import Floats, Positive
+from llmopt.model import InputModel
+
+
+class ArrivalsBase(InputModel):
+    """A stationary process; the mean rate comes from the workload."""
+
+    @property
+    def gap_cv(self) -> float:
+        """Coefficient of variation of the gaps at constant rate."""
+        return 1.0
+
+    def profile(self, horizon: float) -> tuple[Floats, Floats]:
+        """Start times (s, the first 0) and rate factors of the constant pieces up to `horizon`."""
+        return np.zeros(1), np.ones(1)
+
+
+class Poisson(ArrivalsBase):
+    """Exponential gaps."""
+
+    law: Literal["poisson"]
+
+
+class GammaGaps(ArrivalsBase):
+    """Gamma gaps with coefficient of variation `cv` (1 is Poisson, above 1 bursty)."""
+
+    law: Literal["gamma"]
+    cv: Positive
+
+    @property
+    def gap_cv(self) -> float:
+        """As given."""
+        return self.cv
+
+
+class Deterministic(ArrivalsBase):
+    """Equal gaps."""
+
+    law: Literal["deterministic"]
+
+    @property
+    def gap_cv(self) -> float:
+        """Zero."""
+        return 0.0
+
+
+class Piecewise(ArrivalsBase):
+    """Rate factors by time of day: from `times[i]` seconds on the rate is `factors[i]` x the workload's rate.
+
+    With `period` (s) the profile repeats. Factors are used as given: the workload's rate is the mean only if the
+    time average of the factors is 1.
+    """
+
+    law: Literal["piecewise"]
+    times: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(strict=False, min_length=1)]
+    factors: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(strict=False, min_length=1)]
+    period: Positive | None = None
+    cv: Annotated[float, Field(ge=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _shape(self) -> Piecewise:
+        if len(self.times) != len(self.factors):
+            raise ValueError(f"{len(self.times)} times but {len(self.factors)} factors; give one factor per time")
+        if self.times[0] != 0 or any(b <= a for a, b in zip(self.times, self.times[1:], strict=False)):
+            raise ValueError("times must start at 0 and increase strictly")
+        if self.period is not None and self.period <= self.times[-1]:
+            raise ValueError(f"period = {self.period:g} ends before the last time {self.times[-1]:g}; make it longer")
+        if max(self.factors) == 0:
+            raise ValueError("factors are all zero; nothing would arrive")
+        return self
+
+    @property
+    def gap_cv(self) -> float:
+        """As given."""
+        return self.cv
+
+    def profile(self, horizon: float) -> tuple[Floats, Floats]:
+        """The given pieces, repeated every `period` up to `horizon`."""
+        times, factors = np.asarray(self.times), np.asarray(self.factors)
+        if self.period is None:
+            return times, factors
+        laps = max(1, int(np.ceil(horizon / self.period)))
+        return (times + self.period * np.arange(laps)[:, None]).ravel(), np.tile(factors, laps)
+
+
+class Bursts(ArrivalsBase):
+    """On/off bursts: `on` seconds at a high rate, `off` seconds at `floor` x the mean rate; the mean is kept."""
+
+    law: Literal["bursts"]
+    on: Positive
+    off: Positive
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.0
+    cv: Annotated[float, Field(ge=0)] = 1.0
+
+    @property
+    def gap_cv(self) -> float:
+        """As given."""
+        return self.cv
+
+    @property
+    def peak(self) -> float:
+        """Rate factor during a burst, such that the time average is 1."""
+        return (self.on + self.off * (1 - self.floor)) / self.on
+
+    def profile(self, horizon: float) -> tuple[Floats, Floats]:
+        """Off first, then on, repeated: a run starts calm."""
+        laps = max(1, int(np.ceil(horizon / (self.on + self.off))))
+        starts = (self.on + self.off) * np.arange(laps)
+        return np.column_stack([starts, starts + self.off]).ravel(), np.tile([self.floor, self.peak], laps)
+
+
+class Replay(ArrivalsBase):
+    """The arrival times of a trace; `time_scale` 0.5 squeezes them into half the time (twice the rate)."""
+
+    law: Literal["replay"]
+    time_scale: Positive = 1.0
+
+
+Arrivals = Annotated[
+    Poisson | GammaGaps | Deterministic | Piecewise | Bursts | Replay, Field(discriminator="law")
+]
+
+
+def sample_arrivals(process: ArrivalsBase, rate: float, horizon: float, rng: np.random.Generator) -> Floats:
+    """Arrival times in [0, horizon) seconds at mean `rate` requests/s, shape (n,)."""
+    starts, factors = process.profile(horizon)
+    starts, factors = starts[starts < horizon], factors[starts < horizon]
+    clock = np.concatenate([[0.0], np.cumsum(rate * factors * np.diff(np.append(starts, horizon)))])
+    ticks = _unit_renewals(process.gap_cv, float(clock[-1]), rng)
+    edges = np.append(starts, horizon)
+    return _invert(ticks, clock, edges)
+
+
+def _invert(ticks: Floats, clock: Floats, edges: Floats) -> Floats:
+    """Times at which the clock shows `ticks`; stretches where it stands still get no arrivals."""
+    piece = np.clip(np.searchsorted(clock, ticks, side="right") - 1, 0, len(clock) - 2)
+    speed = np.diff(clock)[piece] / np.diff(edges)[piece]
+    return np.asarray(edges[piece] + (ticks - clock[piece]) / speed)
+
+
+def _unit_renewals(cv: float, length: float, rng: np.random.Generator) -> Floats:
+    """Renewal epochs in [0, length) with unit mean gaps of the given coefficient of variation."""
+    if cv == 0:
+        return np.arange(0.5, length, 1.0)
+    ticks = np.zeros(0)
+    while not len(ticks) or ticks[-1] < length:
+        n = int((length - (ticks[-1] if len(ticks) else 0.0)) * 1.02 + 10 * (1 + cv) * np.sqrt(length + 1)) + 16
+        gaps = rng.standard_gamma(1 / cv**2, n) * cv**2
+        ticks = np.append(ticks, np.cumsum(gaps) + (ticks[-1] if len(ticks) else 0.0))
+    return ticks[ticks < length]

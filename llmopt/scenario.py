@@ -1,0 +1,190 @@
+"""Scenarios: what is given. TOML in, validated frozen object out.
+
+`load_scenario` is the only way in: it reads the file, resolves catalog entries and a trace, checks everything and
+says in one sentence what is wrong, where, and how to fix it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from llmopt.hardware import Piece, StepTime
+from llmopt.model import InputModel
+from llmopt.workload import Workload
+
+Preemption = Literal["reserve", "lookahead", "recompute", "swap", "restart"]
+Name = Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class Pool(InputModel):
+    """Identical replicas of one model on one kind of accelerator, and the engine settings they run with.
+
+    replicas: number of replicas; price: USD/hour of one replica; step_time: max-affine pieces, s; kv_capacity:
+    KV tokens a replica holds; max_batch: sequences in one step (vLLM max_num_seqs); token_budget: tokens in one
+    step (vLLM max_num_batched_tokens); prefill_chunk: most prefill tokens of one request in one step (vLLM
+    long_prefill_token_threshold), the token budget if absent; block_size: tokens of a KV block.
+
+    preemption: `reserve` (admit only if prompt + output fit to the end), `lookahead` (admit only if the projected
+    use fits at every later step), or optimistic admission with the youngest request preempted when memory runs
+    out: `recompute` (its tokens are prefilled again), `swap` (its KV cache is parked and returns at no cost),
+    `restart` (its output is thrown away). The first two need output lengths known in advance.
+
+    first_token: `prefill` as in vLLM, where the last prefill chunk gives the first token, or `decode` as in the
+    queueing papers, where it gives none. lookahead_slots: KV slots kept free per sequence beyond the computed
+    tokens (vLLM num_lookahead_tokens).
+    """
+
+    name: Name
+    replicas: Annotated[int, Field(ge=1, le=100_000)]
+    step_time: Annotated[tuple[Piece, ...], Field(strict=False, min_length=1)]
+    kv_capacity: Annotated[int, Field(ge=1)]
+    accelerator: str = ""
+    model: str = ""
+    price: Annotated[float, Field(ge=0)] = 0.0
+    max_batch: Annotated[int, Field(ge=1, le=1_000_000)] = 256
+    token_budget: Annotated[int, Field(ge=1)] = 2048
+    prefill_chunk: Annotated[int, Field(ge=1)] | None = None
+    block_size: Annotated[int, Field(ge=1, le=4096)] = 16
+    preemption: Preemption = "recompute"
+    first_token: Literal["prefill", "decode"] = "prefill"
+    lookahead_slots: Annotated[int, Field(ge=0, le=64)] = 0
+    source: str = ""
+
+    @model_validator(mode="after")
+    def _can_step(self) -> Pool:
+        if self.kv_capacity < self.block_size:
+            raise ValueError(f"kv_capacity = {self.kv_capacity} is below one block of {self.block_size}; raise it")
+        if self.stepper.coefficients.max() <= 0:
+            raise ValueError("step_time is zero for every batch; give at least one positive coefficient")
+        return self
+
+    @cached_property
+    def stepper(self) -> StepTime:
+        """The step time as arrays."""
+        return StepTime.from_pieces(self.step_time)
+
+    @property
+    def chunk(self) -> int:
+        """Most prefill tokens of one request in one step."""
+        return min(self.prefill_chunk or self.token_budget, self.token_budget)
+
+    @property
+    def kv_blocks(self) -> int:
+        """Whole KV blocks of one replica."""
+        return self.kv_capacity // self.block_size
+
+    @property
+    def first_step(self) -> int:
+        """1 if the last prefill chunk gives the first token, so that o - 1 decode steps remain; else 0."""
+        return int(self.first_token == "prefill")
+
+    def fits(self, tokens: int) -> bool:
+        """Whether a request with prompt + output = `tokens` fits into an empty replica."""
+        held = tokens - self.first_step + self.lookahead_slots
+        return -(-held // self.block_size) <= self.kv_blocks
+
+
+class Evaluation(InputModel):
+    """How policies are judged: `horizon` (s) of arrivals, `warmup` (s) cut from the metrics, `seeds`.
+
+    Requests that arrive in [warmup, horizon) are measured, each until its end, however late: there is no drain cut.
+    `confidence` is the level of the intervals over seeds.
+    """
+
+    horizon: Annotated[float, Field(gt=0)] = 600.0
+    warmup: Annotated[float, Field(ge=0)] = 0.0
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, min_length=1)] = (1, 2, 3)
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+
+    @model_validator(mode="after")
+    def _order(self) -> Evaluation:
+        if self.warmup >= self.horizon:
+            raise ValueError(f"warmup = {self.warmup:g} s leaves nothing of horizon = {self.horizon:g} s; shorten it")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds repeat: {list(self.seeds)}; repeats are not new evidence, drop them")
+        return self
+
+
+class Scenario(InputModel):
+    """One question: a workload, pools that could serve it, and how to judge the answers."""
+
+    name: Name
+    problem: Literal["routing"] = "routing"
+    question: str = ""
+    workload: Workload
+    pools: Annotated[tuple[Pool, ...], Field(strict=False, min_length=1)]
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Scenario:
+        names = [p.name for p in self.pools]
+        if len(set(names)) < len(names):
+            raise ValueError(f"pool names repeat: {names}; name each pool once")
+        for cls in self.workload.classes:
+            if self.workload.trace is None and not any(p.fits(cls.largest) for p in self.pools):
+                room = max(p.kv_capacity for p in self.pools)
+                raise ValueError(
+                    f"class {cls.name!r} can send a request of {cls.largest} tokens, more than the KV memory of every "
+                    f"pool (at most {room}); lower its max lengths or raise kv_capacity"
+                )
+        return self
+
+    @cached_property
+    def allowed(self) -> tuple[tuple[bool, ...], ...]:
+        """allowed[c][j]: every request of class c fits into a replica of pool j."""
+        return tuple(tuple(p.fits(c.largest) for p in self.pools) for c in self.workload.classes)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over everything that determines results, the replayed trace included; first 12 hex digits."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        sha = hashlib.sha256(text.encode())
+        if self.workload.replay is not None:
+            for array in (self.workload.replay.arrival, self.workload.replay.prompt, self.workload.replay.output):
+                sha.update(array.tobytes())
+        return sha.hexdigest()[:12]
+
+    def replace(self, **updates: Any) -> Scenario:
+        """A validated copy with dotted keys replaced, e.g. `replace(**{"workload.rate": 5.0})`."""
+        data = self._raw()
+        for key, value in updates.items():
+            *path, last = key.split(".")
+            node = data
+            for part in path:
+                node = node[int(part)] if isinstance(node, list) else node[part]
+            node[int(last) if isinstance(node, list) else last] = value
+        return Scenario.model_validate(data)
+
+    def _raw(self) -> dict[str, Any]:
+        """Plain data, aliases used, with the arrays of a replay carried over."""
+        data: dict[str, Any] = json.loads(self.model_dump_json(by_alias=True, exclude_none=True))
+        data["workload"]["replay"] = self.workload.replay
+        for plain, cls in zip(data["workload"]["classes"], self.workload.classes, strict=True):
+            plain["pairs"] = cls.pairs
+        return data
+
+
+def load_scenario(path: str | Path, trace: str | Path | None = None) -> Scenario:
+    """Read, resolve and validate a scenario file.
+
+    Parameters
+    ----------
+    path
+        A TOML file, or the name of a bundled scenario such as ``quickstart``.
+    trace
+        A trace file to replay instead of the arrivals and lengths in the file.
+
+    Raises
+    ------
+    ScenarioError
+        With file, key, reason and remedy in one sentence.
+    """
+    from llmopt.reading import read_scenario
+
+    return read_scenario(path, trace)
