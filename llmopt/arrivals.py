@@ -129,9 +129,7 @@ class Replay(ArrivalsBase):
     time_scale: Positive = 1.0
 
 
-Arrivals = Annotated[
-    Poisson | GammaGaps | Deterministic | Piecewise | Bursts | Replay, Field(discriminator="law")
-]
+Arrivals = Annotated[Poisson | GammaGaps | Deterministic | Piecewise | Bursts | Replay, Field(discriminator="law")]
 
 
 def sample_arrivals(process: ArrivalsBase, rate: float, horizon: float, rng: np.random.Generator) -> Floats:

@@ -107,7 +107,7 @@ class Clamped(LawBase):
     def masses(self) -> Pmf:
         """Mass of token k is F(k + 1/2) - F(k - 1/2); the ends take the tails."""
         values = np.arange(self.min, self.max + 1)
-        upper = self.cdf(values + 0.5)
+        upper = self.cdf(np.asarray(values + 0.5, dtype=np.float64))
         upper[-1] = 1.0
         return values, np.diff(upper, prepend=0.0)
 
@@ -179,7 +179,7 @@ class Quantiles(LawBase):
         """Masses of the piecewise linear distribution function, rounded to the nearest token."""
         values = np.arange(self.values[0], self.values[-1] + 1)
         knots, probs = np.asarray(self.values, float), np.asarray(self.probs)
-        upper = _cdf_through(values + 0.5, knots, probs)
+        upper = _cdf_through(np.asarray(values + 0.5, dtype=np.float64), knots, probs)
         return values, np.diff(upper, prepend=0.0)
 
 
@@ -231,7 +231,7 @@ Law = Annotated[
 
 def _tally(values: Ints, weights: Floats) -> Pmf:
     unique, inverse = np.unique(values, return_inverse=True)
-    return unique, np.bincount(inverse, weights=weights)
+    return unique, np.asarray(np.bincount(inverse, weights=weights), dtype=np.float64)
 
 
 def _cdf_through(x: Floats, knots: Floats, probs: Floats) -> Floats:

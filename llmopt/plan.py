@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol
@@ -25,7 +25,7 @@ blocks; outstanding_tokens: prompt tokens still to prefill plus output tokens st
 class Incoming(NamedTuple):
     """The request to be routed, as a router sees it; `output` is the true length, for rules that have an oracle."""
 
-    index: int
+    number: int
     time: float
     prompt: int
     output: int
@@ -84,10 +84,10 @@ class Plan:
     figures: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
-def index_router(scenario: Scenario, choices: int = 0, **weights: float | list[float]) -> Router:
+def index_router(scenario: Scenario, choices: int = 0, **weights: float | Sequence[float]) -> Router:
     """A router that sends every request to the replica with the smallest weighted state.
 
-    Each weight is one number, or one number per pool; features as in `STATE_FEATURES`.
+    Each weight is one number, or one number per pool; names as in `STATE_FEATURES`.
     """
     table = np.zeros((len(scenario.pools), len(STATE_FEATURES)))
     for feature, weight in weights.items():
@@ -96,10 +96,13 @@ def index_router(scenario: Scenario, choices: int = 0, **weights: float | list[f
 
 
 def split_router(
-    scenario: Scenario, fractions: NDArray[np.float64], spread: Literal["random", "cyclic"] = "random", **weights: float
+    scenario: Scenario,
+    fractions: NDArray[np.float64],
+    spread: Literal["random", "cyclic"] = "random",
+    **weights: float | Sequence[float],
 ) -> Router:
     """A router that splits each class over the pools by `fractions`, then applies an index inside the pool."""
-    inside = index_router(scenario, **weights)
+    inside = index_router(scenario, 0, **weights)
     clean = np.clip(np.asarray(fractions, dtype=float), 0.0, None)
     return Router(inside.weights, clean / clean.sum(axis=1, keepdims=True), spread, mask=inside.mask)
 
@@ -116,7 +119,7 @@ def check_plan(plan: Plan, scenario: Scenario) -> None:
         raise PolicyError(f"a policy returned {type(plan).__name__} instead of a Plan; return llmopt.Plan(...)")
     if isinstance(plan.router, Router):
         _check_router(plan.policy, plan.router, scenario)
-    elif not isinstance(plan.router, Callable):  # type: ignore[arg-type]
+    elif not callable(plan.router):
         raise PolicyError(f"policy {plan.policy!r}: the router is neither a Router nor callable; return one of them")
 
 

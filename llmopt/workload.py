@@ -73,7 +73,9 @@ class RequestClass(InputModel):
     def expect(self, of_prompt: Function, of_output: Function) -> float:
         """E[f(prompt) h(output)] for vectorised `f` and `h`, exact over the laws or the pairs."""
         if self.pairs is not None:
-            return float(np.mean(of_prompt(self.pairs.prompt.astype(float)) * of_output(self.pairs.output.astype(float))))
+            return float(
+                np.mean(of_prompt(self.pairs.prompt.astype(float)) * of_output(self.pairs.output.astype(float)))
+            )
         return _mean(self.prompt, of_prompt) * _mean(self.output, of_output)
 
     @property
