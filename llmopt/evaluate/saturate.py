@@ -1,0 +1,83 @@
+"""A replica that never runs out of work: its throughput is the capacity that the theory predicts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmopt.errors import ScenarioError
+from llmopt.evaluate.run import ReplicaTotals
+from llmopt.lengths import Ints
+from llmopt.scenario import Pool
+
+
+@dataclass(frozen=True)
+class Saturation:
+    """What a permanently backlogged replica does in the window (start, end], s.
+
+    rate: completions/s; completed: completions; totals: arrays of shape (1,), `peak` over the whole run up to `end`.
+    """
+
+    rate: float
+    start: float
+    end: float
+    completed: int
+    totals: ReplicaTotals
+
+    @property
+    def use(self) -> float:
+        """Mean KV tokens in use in a step."""
+        return float(self.totals.held[0] / self.totals.steps[0])
+
+    @property
+    def waste(self) -> float:
+        """Mean KV tokens in use in a step that preemption made useless."""
+        return float(self.totals.wasted[0] / self.totals.steps[0])
+
+    @property
+    def step_time(self) -> float:
+        """Mean step time, s."""
+        return float(self.totals.busy[0] / self.totals.steps[0])
+
+
+def saturated_throughput(pool: Pool, prompt: Ints, output: Ints, warmup: float = 0.2) -> Saturation:
+    """Throughput of one replica of `pool` that finds all requests waiting at time 0.
+
+    The window starts when a fraction `warmup` of the requests is done and ends when the last request leaves the
+    queue, so that neither the filling nor the draining of the batch counts. The error of the rate is of the order of
+    one batch over the number of requests.
+
+    Parameters
+    ----------
+    prompt, output
+        Lengths in tokens, shape (n_requests,), in the order of the queue.
+
+    Raises
+    ------
+    ScenarioError
+        If a request does not fit into the replica, or there are too few requests to fill it.
+    """
+    from llmopt.evaluate.kernel import play_backlog
+
+    for tokens in np.unique(prompt + output)[-1:]:
+        if not pool.fits(int(tokens)):
+            raise ScenarioError(
+                f"pool {pool.name!r}: a request of {tokens} tokens exceeds kv_capacity = {pool.kv_capacity}; raise it"
+            )
+    reqs, _ = play_backlog(pool, prompt, output, ())
+    start = float(np.sort(reqs["finish"])[int(warmup * len(reqs))])
+    end = float(reqs["scheduled"].max())
+    if not start < end:
+        raise ScenarioError(
+            f"pool {pool.name!r}: {len(reqs)} requests do not keep a replica busy beyond warm-up; give more requests"
+        )
+    reqs, (first, last) = play_backlog(pool, prompt, output, (start, end))
+    completed = int(((reqs["finish"] > start) & (reqs["finish"] <= end)).sum())
+    return Saturation(completed / (end - start), start, end, completed, _difference(first, last))
+
+
+def _difference(first: ReplicaTotals, last: ReplicaTotals) -> ReplicaTotals:
+    names = ("steps", "busy", "prefill_tokens", "decode_tokens", "preemptions", "held", "wasted", "held_time")
+    window = {name: getattr(last, name) - getattr(first, name) for name in names}
+    return ReplicaTotals(pool=last.pool, peak=last.peak, **window)

@@ -1,0 +1,301 @@
+"""A naive simulator, written straight from docs/simulator.md: every step touches every request, nothing is clever."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llmopt.evaluate.run import ReplicaTotals, SimRun
+from llmopt.plan import STATE_FEATURES, Plan, Router
+from llmopt.scenario import Pool, Scenario
+from llmopt.workload import Requests
+
+
+@dataclass
+class Job:
+    """One request; `attempt` and `life` are the token-steps held by its current prefill and since its (re)start."""
+
+    number: int
+    prompt: int
+    output: int
+    target: int
+    computed: int = 0
+    emitted: int = 0
+    prefilling: bool = True
+    prefilled: bool = False
+    attempt: int = 0
+    life: int = 0
+    preemptions: int = 0
+    replica: int = -1
+    scheduled: float = math.nan
+    first_token: float = math.nan
+    finish: float = math.nan
+
+
+@dataclass
+class Replica:
+    """One engine; `take` holds the tokens of the step under way, None between steps."""
+
+    pool: Pool
+    number: int
+    pool_number: int
+    clock: float = 0.0
+    end: float = 0.0
+    waiting: list[Job] = field(default_factory=list)
+    running: list[Job] = field(default_factory=list)
+    take: dict[int, int] | None = None
+    totals: dict[str, float] = field(default_factory=dict)
+
+    def add(self, key: str, amount: float) -> None:
+        self.totals[key] = self.totals.get(key, 0) + amount
+
+    def blocks(self, tokens: int) -> int:
+        return math.ceil((tokens + self.pool.lookahead_slots) / self.pool.block_size)
+
+    def held(self, job: Job) -> int:
+        """Blocks of a running request, those for its tokens of this step included."""
+        if self.pool.preemption == "reserve":
+            return self.blocks(job.prompt + job.output - self.pool.first_step)
+        return self.blocks(job.computed + (self.take or {}).get(job.number, 0))
+
+    def free(self) -> int:
+        return self.pool.kv_blocks - sum(self.held(job) for job in self.running)
+
+    def kv_tokens(self) -> int:
+        return (self.pool.kv_blocks - self.free()) * self.pool.block_size
+
+    def outstanding(self) -> int:
+        jobs = self.waiting + self.running
+        return sum((j.target - j.computed if j.prefilling else 0) + j.output - j.emitted for j in jobs)
+
+    def arrive(self, job: Job, time: float) -> None:
+        if not self.waiting and not self.running:
+            self.clock = max(self.clock, time)
+        job.replica = self.number
+        self.waiting.append(job)
+
+    def advance(self, until: float) -> None:
+        """Begin every step that starts before `until`, complete every step that ends by `until`."""
+        while True:
+            if self.take is not None:
+                if self.end > until:
+                    return
+                self.complete()
+            if self.clock >= until or not (self.waiting or self.running):
+                return
+            self.begin()
+
+    def wants(self, job: Job, budget: int) -> int:
+        return min(job.target - job.computed if job.prefilling else 1, self.pool.chunk, budget)
+
+    def begin(self) -> None:
+        """Schedule a step at the clock."""
+        self.take = {}
+        budget, preempted = self.pool.token_budget, False
+        for job in list(self.running):
+            if job not in self.running or budget == 0:
+                break
+            tokens = self.wants(job, budget)
+            more = self.blocks(job.computed + tokens) - self.blocks(job.computed)
+            while self.pool.preemption != "reserve" and job in self.running and more > self.free():
+                self.preempt(self.running.pop())
+                preempted = True
+            if job in self.running:
+                self.take[job.number] = tokens
+                budget -= tokens
+        while not preempted and self.waiting and budget > 0 and len(self.running) < self.pool.max_batch:
+            job = self.waiting[0]
+            tokens = self.wants(job, budget)
+            if not self.admissible(job, tokens):
+                break
+            self.running.append(self.waiting.pop(0))
+            self.take[job.number] = tokens
+            budget -= tokens
+            if math.isnan(job.scheduled):
+                job.scheduled = self.clock
+        self.end = self.clock + self.duration()
+
+    def admissible(self, job: Job, tokens: int) -> bool:
+        if self.pool.preemption == "reserve":
+            return self.held(job) <= self.free()
+        if self.pool.preemption == "lookahead":
+            return self.projection_fits(job, tokens)
+        return self.blocks(max(job.target, job.computed + tokens)) <= self.free()
+
+    def projection_fits(self, candidate: Job, tokens: int) -> bool:
+        """Play the running requests and the candidate forward, step by step, with nobody else."""
+        take = {**(self.take or {}), candidate.number: tokens}
+        # one row per request: computed, emitted, output, target, prefilling
+        rows = [[j.computed, j.emitted, j.output, j.target, j.prefilling] for j in [*self.running, candidate]]
+        first = [take.get(j.number, 0) for j in [*self.running, candidate]]
+        step = 0
+        while rows:
+            for i, row in enumerate(rows):
+                computed, _, _, target, prefilling = row
+                tokens = first[i] if step == 0 else min(target - computed, self.pool.chunk) if prefilling else 1
+                row[0] += tokens
+                if prefilling and row[0] == target:
+                    row[1] += self.pool.first_step
+                    row[4] = False
+                elif not prefilling:
+                    row[1] += tokens
+            if sum(self.blocks(row[0]) for row in rows) > self.pool.kv_blocks:
+                return False
+            rows = [row for row in rows if row[1] < row[2]]
+            step += 1
+        return True
+
+    def duration(self) -> float:
+        take = self.take or {}
+        prefill = decode = kv = 0
+        pairs = 0.0
+        for job in self.running:
+            tokens, computed = take.get(job.number, 0), job.computed
+            if tokens and job.prefilling:
+                prefill += tokens
+                pairs += tokens * computed + tokens**2 / 2
+            elif tokens:
+                decode += 1
+                kv += computed
+        self.add("prefill_tokens", prefill)
+        self.add("decode_tokens", decode)
+        return self.pool.stepper(prefill, decode, kv, pairs)
+
+    def preempt(self, job: Job) -> None:
+        job.preemptions += 1
+        self.add("preemptions", 1)
+        self.waiting.insert(0, job)
+        mode = self.pool.preemption
+        if mode == "swap":
+            return
+        if mode == "restart":
+            self.add("wasted", job.life)
+            job.emitted, job.life, job.prefilled = 0, 0, False
+        elif job.prefilling:
+            self.add("wasted", job.attempt)
+        job.computed, job.target, job.prefilling, job.attempt = 0, job.prompt + job.emitted, True, 0
+
+    def complete(self) -> None:
+        """End the step under way."""
+        take, e = self.take or {}, self.pool.first_step
+        for job in self.running:
+            tokens = take.get(job.number, 0)
+            was_prefilling, before = job.prefilling, job.emitted
+            job.computed += tokens
+            job.life += job.computed
+            if was_prefilling:
+                job.attempt += job.computed
+                if job.computed == job.target:
+                    if job.prefilled:
+                        self.add("wasted", job.attempt - e * job.computed)
+                    job.emitted += e
+                    job.prefilling, job.prefilled = False, True
+            else:
+                job.emitted += tokens
+            if before == 0 and job.emitted == 1 and math.isnan(job.first_token):
+                job.first_token = self.end
+            if job.emitted == job.output:
+                job.finish = self.end
+        used = sum(job.computed for job in self.running)
+        self.add("held", used)
+        self.add("held_time", used * (self.end - self.clock))
+        self.add("busy", self.end - self.clock)
+        self.add("steps", 1)
+        self.totals["peak"] = max(self.totals.get("peak", 0), used)
+        self.running = [job for job in self.running if job.emitted < job.output]
+        self.take, self.clock = None, self.end
+
+
+class Dispatcher:
+    """The data router of docs/simulator.md."""
+
+    def __init__(self, router: Router, replicas: list[Replica]) -> None:
+        self.router, self.replicas = router, replicas
+        self.last = [-1] * len(replicas)
+        self.sent: dict[tuple[int, int], int] = {}
+
+    def choose(self, number: int, cls: int, u: float) -> int:
+        pools, u = self.pools(cls, u)
+        candidates = [r.number for r in self.replicas if r.pool_number in pools]
+        if self.router.choices:
+            drawn = []
+            for _ in range(self.router.choices):
+                k = min(int(u * len(candidates)), len(candidates) - 1)
+                u = u * len(candidates) - k
+                drawn.append(candidates[k])
+            candidates = drawn
+        best = min(candidates, key=lambda r: (self.score(self.replicas[r]), self.last[r], r))
+        self.last[best] = number
+        return best
+
+    def pools(self, cls: int, u: float) -> tuple[list[int], float]:
+        count = len(self.router.weights)
+        if self.router.fractions is None:
+            return [j for j in range(count) if self.router.mask is None or self.router.mask[cls, j]], u
+        row = self.router.fractions[cls]
+        if self.router.spread == "cyclic":
+            total = sum(self.sent.get((cls, j), 0) for j in range(count)) + 1
+            pool = max(range(count), key=lambda j: (row[j] * total - self.sent.get((cls, j), 0), -j))
+            self.sent[cls, pool] = self.sent.get((cls, pool), 0) + 1
+            return [pool], u
+        below = 0.0
+        for j in range(count):
+            if row[j] > 0:
+                pool, start = j, below
+                below += row[j]
+                if u < below:
+                    break
+        return [pool], min(max((u - start) / row[pool], 0.0), 1.0)
+
+    def score(self, replica: Replica) -> float:
+        state = (len(replica.waiting), len(replica.running), replica.kv_tokens(), replica.outstanding())
+        weights = self.router.weights[replica.pool_number]
+        return float(sum(weights[f] * state[f] for f in range(len(STATE_FEATURES))))
+
+
+def simulate(scenario: Scenario, plan: Plan, requests: Requests) -> SimRun:
+    """Run data routers only."""
+    assert isinstance(plan.router, Router)
+    pools = [(j, pool) for j, pool in enumerate(scenario.pools) for _ in range(pool.replicas)]
+    replicas = [Replica(pool, number, j) for number, (j, pool) in enumerate(pools)]
+    dispatcher = Dispatcher(plan.router, replicas)
+    jobs = []
+    for i in range(len(requests)):
+        prompt = int(requests.prompt[i])
+        job = Job(i, prompt, int(requests.output[i]), target=prompt)
+        time = float(requests.arrival[i])
+        for replica in replicas:
+            replica.advance(time)
+        replicas[dispatcher.choose(i, int(requests.cls[i]), float(requests.u[i]))].arrive(job, time)
+        jobs.append(job)
+    for replica in replicas:
+        replica.advance(math.inf)
+    return _collect(requests, jobs, replicas)
+
+
+def _collect(requests: Requests, jobs: list[Job], replicas: list[Replica]) -> SimRun:
+    def ints(key: str) -> np.ndarray:
+        return np.array([r.totals.get(key, 0) for r in replicas], dtype=np.int64)
+
+    def floats(key: str) -> np.ndarray:
+        return np.array([r.totals.get(key, 0.0) for r in replicas], dtype=float)
+
+    whole = ("steps", "prefill_tokens", "decode_tokens", "preemptions", "held", "wasted", "peak")
+    totals = ReplicaTotals(
+        pool=np.array([r.pool_number for r in replicas]),
+        busy=floats("busy"),
+        held_time=floats("held_time"),
+        **{key: ints(key) for key in whole},
+    )
+    return SimRun(
+        requests,
+        replica=np.array([j.replica for j in jobs], dtype=np.int64),
+        scheduled=np.array([j.scheduled for j in jobs], dtype=float),
+        first_token=np.array([j.first_token for j in jobs], dtype=float),
+        finish=np.array([j.finish for j in jobs], dtype=float),
+        preemptions=np.array([j.preemptions for j in jobs], dtype=np.int64),
+        replicas=totals,
+        core="oracle",
+    )
