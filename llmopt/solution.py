@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import isfinite
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
@@ -25,12 +26,16 @@ class Termination(StrEnum):
 
 
 class SolveOptions(InputModel):
-    """Effort of a solve: `time_limit` (s), relative `gap` at which a MILP may stop, `threads`, `seed`."""
+    """Effort of a solve: `time_limit` (s), relative `gap` at which a MILP may stop, `threads`, `seed`.
+
+    `highs` passes further options to HiGHS as (name, value) pairs; an unknown one is refused, never ignored.
+    """
 
     time_limit: Annotated[float, Field(gt=0)] = 60.0
     gap: Annotated[float, Field(ge=0, lt=1)] = 1e-6
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     seed: Annotated[int, Field(ge=0)] = 0
+    highs: tuple[tuple[str, bool | int | float | str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,4 +72,4 @@ class Solve:
         """One phrase for a table: ``optimal`` only with a closed gap, else the reason and the gap."""
         if self.termination is Termination.OPTIMAL:
             return "optimal" if self.gap <= 1e-5 else f"gap {self.gap:.2%}"
-        return f"{self.termination}, gap {self.gap:.2%}"
+        return f"{self.termination}, {f'gap {self.gap:.2%}' if isfinite(self.gap) else 'no bound'}"
