@@ -14,6 +14,8 @@ from pydantic import Field, model_validator
 from llmopt.lengths import Floats, Positive
 from llmopt.model import InputModel
 
+Variation = Annotated[float, Field(gt=0, le=100)]
+
 
 class ArrivalsBase(InputModel):
     """A stationary process; the mean rate comes from the workload."""
@@ -38,7 +40,7 @@ class GammaGaps(ArrivalsBase):
     """Gamma gaps with coefficient of variation `cv` (1 is Poisson, above 1 bursty)."""
 
     law: Literal["gamma"]
-    cv: Positive
+    cv: Variation
 
     @property
     def gap_cv(self) -> float:
@@ -58,17 +60,17 @@ class Deterministic(ArrivalsBase):
 
 
 class Piecewise(ArrivalsBase):
-    """Rate factors by time of day: from `times[i]` seconds on the rate is `factors[i]` x the workload's rate.
+    """Rates by time of day: from `times[i]` seconds on the rate is in proportion to `factors[i]`.
 
-    With `period` (s) the profile repeats. Factors are used as given: the workload's rate is the mean only if the
-    time average of the factors is 1.
+    With `period` (s) the profile repeats. Only the ratios of the factors matter: they are scaled so that the mean
+    over a period, or over the horizon if there is none, is the workload's rate.
     """
 
     law: Literal["piecewise"]
     times: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(strict=False, min_length=1)]
     factors: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(strict=False, min_length=1)]
     period: Positive | None = None
-    cv: Annotated[float, Field(ge=0)] = 1.0
+    cv: Annotated[float, Field(ge=0, le=100)] = 1.0
 
     @model_validator(mode="after")
     def _shape(self) -> Piecewise:
@@ -88,12 +90,13 @@ class Piecewise(ArrivalsBase):
         return self.cv
 
     def profile(self, horizon: float) -> tuple[Floats, Floats]:
-        """The given pieces, repeated every `period` up to `horizon`."""
-        times, factors = np.asarray(self.times), np.asarray(self.factors)
-        if self.period is None:
-            return times, factors
-        laps = max(1, int(np.ceil(horizon / self.period)))
-        return (times + self.period * np.arange(laps)[:, None]).ravel(), np.tile(factors, laps)
+        """The given pieces, scaled to a mean of 1 and repeated every `period` up to `horizon`."""
+        times, factors = np.asarray(self.times, float), np.asarray(self.factors, float)
+        span = self.period or horizon
+        stay = np.diff(np.append(np.minimum(times, span), span))
+        factors = factors * span / float(stay @ factors) if stay @ factors > 0 else factors
+        laps = max(1, int(np.ceil(horizon / self.period))) if self.period else 1
+        return (times + span * np.arange(laps)[:, None]).ravel(), np.tile(factors, laps)
 
 
 class Bursts(ArrivalsBase):
@@ -103,7 +106,7 @@ class Bursts(ArrivalsBase):
     on: Positive
     off: Positive
     floor: Annotated[float, Field(ge=0, le=1)] = 0.0
-    cv: Annotated[float, Field(ge=0)] = 1.0
+    cv: Annotated[float, Field(ge=0, le=100)] = 1.0
 
     @property
     def gap_cv(self) -> float:
@@ -150,12 +153,16 @@ def _invert(ticks: Floats, clock: Floats, edges: Floats) -> Floats:
 
 
 def _unit_renewals(cv: float, length: float, rng: np.random.Generator) -> Floats:
-    """Renewal epochs in [0, length) with unit mean gaps of the given coefficient of variation."""
+    """Renewal epochs in [0, length) with unit mean gaps of the given coefficient of variation.
+
+    The process is stationary: the first epoch is the rest of a gap that began before 0 (a uniform part of a
+    length-biased gap, which for gamma gaps has one more in the shape), so that the mean count is exactly `length`.
+    """
     if cv == 0:
         return np.arange(0.5, length, 1.0)
-    ticks = np.zeros(0)
-    while not len(ticks) or ticks[-1] < length:
-        n = int((length - (ticks[-1] if len(ticks) else 0.0)) * 1.02 + 10 * (1 + cv) * np.sqrt(length + 1)) + 16
-        gaps = rng.standard_gamma(1 / cv**2, n) * cv**2
-        ticks = np.append(ticks, np.cumsum(gaps) + (ticks[-1] if len(ticks) else 0.0))
+    shape = 1 / cv**2
+    ticks = np.array([rng.random() * rng.standard_gamma(shape + 1) / shape])
+    while ticks[-1] < length:
+        n = int((length - ticks[-1]) * 1.02 + 10 * (1 + cv) * np.sqrt(length + 1)) + 16
+        ticks = np.append(ticks, ticks[-1] + np.cumsum(rng.standard_gamma(shape, n) / shape))
     return ticks[ticks < length]

@@ -12,22 +12,23 @@ from pydantic import Field
 from llmopt.model import InputModel
 
 FEATURES = ("base", "prefill", "decode", "kv", "pairs")
-NonNegative = Annotated[float, Field(ge=0, le=1e6)]
+PerStep = Annotated[float, Field(ge=0, le=10)]
+PerToken = Annotated[float, Field(ge=0, le=1)]
 
 
 class Piece(InputModel):
     """One affine piece of a step time; all coefficients in seconds per unit.
 
     base: per step; prefill: per prefill token; decode: per decode sequence; kv: per resident KV token read by
-    decode attention; pairs: per (query, key) pair of prefill attention.
+    decode attention; pairs: per (query, key) pair of prefill attention. The upper limits catch milliseconds.
     """
 
     name: str = ""
-    base: NonNegative = 0.0
-    prefill: NonNegative = 0.0
-    decode: NonNegative = 0.0
-    kv: NonNegative = 0.0
-    pairs: NonNegative = 0.0
+    base: PerStep = 0.0
+    prefill: PerToken = 0.0
+    decode: PerToken = 0.0
+    kv: PerToken = 0.0
+    pairs: PerToken = 0.0
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from llmopt.model import InputModel
 
-Tokens = Annotated[int, Field(ge=1, le=100_000_000)]
+Tokens = Annotated[int, Field(ge=1, le=10_000_000)]
 Positive = Annotated[float, Field(gt=0)]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -12,14 +12,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from llmopt.errors import ScenarioError
+from llmopt.explain import explain
 from llmopt.hardware import Piece, StepTime
-from llmopt.model import InputModel
+from llmopt.model import InputModel, Name
 from llmopt.workload import Workload
 
 Preemption = Literal["reserve", "lookahead", "recompute", "swap", "restart"]
-Name = Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class Pool(InputModel):
@@ -37,31 +38,32 @@ class Pool(InputModel):
 
     first_token: `prefill` as in vLLM, where the last prefill chunk gives the first token, or `decode` as in the
     queueing papers, where it gives none. lookahead_slots: KV slots kept free per sequence beyond the computed
-    tokens (vLLM num_lookahead_tokens).
+    tokens (vLLM num_lookahead_tokens). catalog: the catalog entry whose constants fill what is not given here.
     """
 
     name: Name
     replicas: Annotated[int, Field(ge=1, le=100_000)]
     step_time: Annotated[tuple[Piece, ...], Field(strict=False, min_length=1)]
-    kv_capacity: Annotated[int, Field(ge=1)]
+    kv_capacity: Annotated[int, Field(ge=1, le=10_000_000_000)]
     accelerator: str = ""
     model: str = ""
-    price: Annotated[float, Field(ge=0)] = 0.0
+    price: Annotated[float, Field(ge=0, le=100_000)] = 0.0
     max_batch: Annotated[int, Field(ge=1, le=1_000_000)] = 256
-    token_budget: Annotated[int, Field(ge=1)] = 2048
+    token_budget: Annotated[int, Field(ge=1, le=100_000_000)] = 2048
     prefill_chunk: Annotated[int, Field(ge=1)] | None = None
     block_size: Annotated[int, Field(ge=1, le=4096)] = 16
     preemption: Preemption = "recompute"
     first_token: Literal["prefill", "decode"] = "prefill"
     lookahead_slots: Annotated[int, Field(ge=0, le=64)] = 0
     source: str = ""
+    catalog: str = ""
 
     @model_validator(mode="after")
     def _can_step(self) -> Pool:
         if self.kv_capacity < self.block_size:
-            raise ValueError(f"kv_capacity = {self.kv_capacity} is below one block of {self.block_size}; raise it")
+            raise ValueError(f"has kv_capacity = {self.kv_capacity}, below one block of {self.block_size}; raise it")
         if self.stepper.coefficients.max() <= 0:
-            raise ValueError("step_time is zero for every batch; give at least one positive coefficient")
+            raise ValueError("has a step_time that is zero for every batch; give at least one positive coefficient")
         return self
 
     @cached_property
@@ -94,20 +96,31 @@ class Evaluation(InputModel):
     """How policies are judged: `horizon` (s) of arrivals, `warmup` (s) cut from the metrics, `seeds`.
 
     Requests that arrive in [warmup, horizon) are measured, each until its end, however late: there is no drain cut.
-    `confidence` is the level of the intervals over seeds.
+    `seed = 7` is short for `seeds = [7]`. `confidence` is the level of the intervals over seeds.
     """
 
-    horizon: Annotated[float, Field(gt=0)] = 600.0
+    horizon: Annotated[float, Field(gt=0, le=1e8)] = 600.0
     warmup: Annotated[float, Field(ge=0)] = 0.0
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, min_length=1)] = (1, 2, 3)
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_seed(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "seed" not in data:
+            return data
+        if "seeds" in data:
+            raise ValueError("has both seed and seeds; drop one of the two")
+        return {key: value for key, value in data.items() if key != "seed"} | {"seeds": [data["seed"]]}
+
     @model_validator(mode="after")
     def _order(self) -> Evaluation:
         if self.warmup >= self.horizon:
-            raise ValueError(f"warmup = {self.warmup:g} s leaves nothing of horizon = {self.horizon:g} s; shorten it")
+            raise ValueError(
+                f"has warmup = {self.warmup:g} s, which leaves nothing of horizon = {self.horizon:g} s; shorten it"
+            )
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds repeat: {list(self.seeds)}; repeats are not new evidence, drop them")
+            raise ValueError(f"has repeated seeds {list(self.seeds)}; repeats are not new evidence, drop them")
         return self
 
 
@@ -126,12 +139,12 @@ class Scenario(InputModel):
         names = [p.name for p in self.pools]
         if len(set(names)) < len(names):
             raise ValueError(f"pool names repeat: {names}; name each pool once")
-        for cls in self.workload.classes:
-            if self.workload.trace is None and not any(p.fits(cls.largest) for p in self.pools):
+        for c, cls in enumerate(self.workload.classes):
+            if not any(p.fits(cls.largest) for p in self.pools):
                 room = max(p.kv_capacity for p in self.pools)
                 raise ValueError(
-                    f"class {cls.name!r} can send a request of {cls.largest} tokens, more than the KV memory of every "
-                    f"pool (at most {room}); lower its max lengths or raise kv_capacity"
+                    f"workload.classes[{c}] ({cls.name!r}) can send a request of {cls.largest} tokens, more than the "
+                    f"KV memory of every pool (at most {room}); lower its max lengths or raise kv_capacity"
                 )
         return self
 
@@ -142,24 +155,37 @@ class Scenario(InputModel):
 
     @property
     def digest(self) -> str:
-        """SHA-256 over everything that determines results, the replayed trace included; first 12 hex digits."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        sha = hashlib.sha256(text.encode())
-        if self.workload.replay is not None:
-            for array in (self.workload.replay.arrival, self.workload.replay.prompt, self.workload.replay.output):
-                sha.update(array.tobytes())
+        """SHA-256 over everything that determines results, a trace by its content; first 12 hex digits."""
+        data = self.model_dump(mode="json", exclude={"workload": {"trace"}})
+        sha = hashlib.sha256(json.dumps(data, sort_keys=True).encode())
+        replay = self.workload.replay
+        arrays = [] if replay is None else [replay.arrival, replay.prompt, replay.output, replay.cls]
+        for cls in self.workload.classes:
+            arrays += [] if cls.pairs is None else [cls.pairs.prompt, cls.pairs.output]
+        for array in arrays:
+            sha.update(array.tobytes())
         return sha.hexdigest()[:12]
 
     def replace(self, **updates: Any) -> Scenario:
-        """A validated copy with dotted keys replaced, e.g. `replace(**{"workload.rate": 5.0})`."""
+        """A validated copy with dotted keys replaced, e.g. `replace(**{"workload.rate": 5.0, "pools.0.replicas": 3})`.
+
+        Raises
+        ------
+        ScenarioError
+            If a key leads nowhere or the copy is not a valid scenario.
+        """
         data = self._raw()
         for key, value in updates.items():
-            *path, last = key.split(".")
-            node = data
-            for part in path:
-                node = node[int(part)] if isinstance(node, list) else node[part]
-            node[int(last) if isinstance(node, list) else last] = value
-        return Scenario.model_validate(data)
+            _put(data, key, value)
+        return Scenario.checked(data, f"scenario {self.name!r} changed by {', '.join(updates)}")
+
+    @classmethod
+    def checked(cls, data: dict[str, Any], where: str) -> Scenario:
+        """The scenario that plain `data` describe; `where` starts the sentence of a `ScenarioError`."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ScenarioError(explain(error, data, cls, where)) from None
 
     def _raw(self) -> dict[str, Any]:
         """Plain data, aliases used, with the arrays of a replay carried over."""
@@ -168,6 +194,17 @@ class Scenario(InputModel):
         for plain, cls in zip(data["workload"]["classes"], self.workload.classes, strict=True):
             plain["pairs"] = cls.pairs
         return data
+
+
+def _put(data: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    node: Any = data
+    try:
+        for part in path:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        node[int(last) if isinstance(node, list) else last] = value
+    except (ValueError, IndexError, AttributeError, TypeError):
+        raise ScenarioError(f"{key}: no such place in a scenario; write it like pools.0.replicas") from None
 
 
 def load_scenario(path: str | Path, trace: str | Path | None = None) -> Scenario:

@@ -11,8 +11,8 @@ import numpy as np
 from pydantic import Field, InstanceOf, model_validator
 
 from llmopt.arrivals import Arrivals, Poisson, Replay, sample_arrivals
-from llmopt.lengths import Floats, Ints, Law
-from llmopt.model import InputModel
+from llmopt.lengths import Floats, Ints, Law, Tokens
+from llmopt.model import InputModel, Name
 
 Function = Callable[[Floats], Floats]
 
@@ -49,23 +49,24 @@ class RequestClass(InputModel):
 
     Give `share` (of the workload's rate) or `rate` (requests/s); the prompt and output laws, which are
     independent of each other; and, if there are any, the requirements `ttft` and `tpot` (s). `prompts = [low,
-    high]` says which requests of a replayed trace belong to the class.
+    high]` says which requests of a trace belong to the class: those with a prompt of that many tokens, ends
+    included. With a trace the class has joint `pairs`; its laws are then their marginals, and share the trace's.
     """
 
-    name: str
+    name: Name
     share: Annotated[float, Field(ge=0, le=1)] | None = None
     rate: Annotated[float, Field(gt=0)] | None = None
     prompt: Law
     output: Law
-    ttft: Annotated[float, Field(gt=0)] | None = None
-    tpot: Annotated[float, Field(gt=0)] | None = None
-    prompts: Annotated[tuple[int, int], Field(strict=False)] | None = None
+    ttft: Annotated[float, Field(gt=0, le=3600)] | None = None
+    tpot: Annotated[float, Field(gt=0, le=10)] | None = None
+    prompts: Annotated[tuple[Tokens, Tokens], Field(strict=False)] | None = None
     pairs: Annotated[InstanceOf[Pairs] | None, Field(exclude=True)] = None
 
     @model_validator(mode="after")
     def _one_rate(self) -> RequestClass:
         if (self.share is None) == (self.rate is None):
-            raise ValueError(f"class {self.name!r} needs exactly one of share and rate")
+            raise ValueError(f"(class {self.name!r}) needs exactly one of share and rate; give one of them")
         if self.prompts and self.prompts[0] > self.prompts[1]:
             raise ValueError(f"prompts = {list(self.prompts)} is empty; give [low, high] with low <= high")
         return self
@@ -104,15 +105,24 @@ class RequestClass(InputModel):
 
 
 class TraceSource(InputModel):
-    """A trace file to replay; `file` is relative to the scenario file."""
+    """A trace file: `file`, relative to the scenario file, in a known `format` or with `columns` named.
+
+    Requests with more than `max_tokens` prompt and output tokens are left out, as an engine with that max_model_len
+    refuses them.
+    """
 
     file: str
     format: str | None = None
     columns: dict[str, str] | None = None
+    max_tokens: Tokens | None = None
 
 
 class Workload(InputModel):
-    """What arrives: total `rate` (requests/s) with class shares, or a rate per class; and the arrival process."""
+    """What arrives: total `rate` (requests/s) with class shares, or a rate per class; and the arrival process.
+
+    A `replay` holds the requests of a trace with their recorded times; it is squeezed or stretched to `rate`, so
+    that one key scales a real trace as it scales a synthetic process.
+    """
 
     rate: Annotated[float, Field(gt=0, le=1e7)] | None = None
     arrivals: Arrivals = Poisson(law="poisson")
@@ -128,13 +138,11 @@ class Workload(InputModel):
         by_share = [c.share is not None for c in self.classes]
         if any(by_share) != all(by_share):
             raise ValueError("some classes give share and some rate; use one kind for all classes")
-        if self.trace is not None or self.replay is not None:
-            return self
         if all(by_share):
             _check_shares(self)
         elif self.rate is not None:
-            raise ValueError("workload.rate and class rates are both given; drop one of the two")
-        if isinstance(self.arrivals, Replay):
+            raise ValueError("has rate and its classes have rates; drop one of the two")
+        if isinstance(self.arrivals, Replay) != (self.replay is not None):
             raise ValueError("arrivals law 'replay' needs a trace; add [workload.trace] file or pass --trace FILE")
         return self
 
@@ -154,7 +162,7 @@ class Workload(InputModel):
         """Requests that arrive in [0, horizon) seconds; the same seed gives the same bytes."""
         rng = np.random.default_rng(seed)
         if self.replay is not None:
-            return _replayed(self.replay, horizon, rng)
+            return _replayed(self.replay, self.total_rate, horizon, rng)
         arrival = sample_arrivals(self.arrivals, self.total_rate, horizon, rng)
         cls = np.searchsorted(np.cumsum(self.rates / self.total_rate)[:-1], rng.random(len(arrival)), side="right")
         prompt, output = np.zeros(len(arrival), np.int64), np.zeros(len(arrival), np.int64)
@@ -167,15 +175,21 @@ class Workload(InputModel):
 def _check_shares(workload: Workload) -> None:
     total = sum(c.share or 0.0 for c in workload.classes)
     if workload.rate is None:
-        raise ValueError("rate is missing; classes with shares need the total rate in requests/s")
+        raise ValueError("has no rate; classes with shares need the total rate in requests/s")
     if abs(total - 1) > 1e-6:
-        raise ValueError(f"class shares sum to {total:g}, not 1; scale them to fractions")
+        raise ValueError(f"has class shares that sum to {total:g}, not 1; scale them to fractions")
 
 
-def _replayed(replay: Requests, horizon: float, rng: np.random.Generator) -> Requests:
-    """The replay itself; only the random numbers of the policies differ between seeds."""
-    n = int(np.searchsorted(replay.arrival, horizon, side="left"))
-    return Requests(replay.arrival[:n], replay.prompt[:n], replay.output[:n], replay.cls[:n], rng.random(n))
+def extent(arrival: Floats) -> float:
+    """Seconds that sorted arrivals stand for: the span and one more mean gap; n / extent is their mean rate."""
+    return float((arrival[-1] - arrival[0]) * len(arrival) / (len(arrival) - 1))
+
+
+def _replayed(replay: Requests, rate: float, horizon: float, rng: np.random.Generator) -> Requests:
+    """The replay at the given mean rate; between seeds only the random numbers of the policies differ."""
+    arrival = replay.arrival * (len(replay) / extent(replay.arrival) / rate)
+    n = int(np.searchsorted(arrival, horizon, side="left"))
+    return Requests(arrival[:n], replay.prompt[:n], replay.output[:n], replay.cls[:n], rng.random(n))
 
 
 def _identity(x: Floats) -> Floats:

@@ -1,0 +1,77 @@
+"""Reading a scenario file: TOML, bundled names, catalog entries, a trace; every refusal is one sentence."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from llmopt.catalog import catalog_entry
+from llmopt.errors import ScenarioError
+from llmopt.explain import suggestion
+from llmopt.scenario import Scenario
+
+SCENARIOS = Path(__file__).parent.parent / "scenarios"
+
+
+def bundled_scenarios() -> dict[str, Path]:
+    """Names and files of the scenarios that come with the package, sorted by name."""
+    return {file.stem: file for file in sorted(SCENARIOS.glob("*.toml"))}
+
+
+def read_scenario(path: str | Path, trace: str | Path | None = None) -> Scenario:
+    """Read, resolve and validate; `llmopt.scenario.load_scenario` has the contract."""
+    file = _locate(path)
+    data = _toml(file)
+    data.setdefault("name", file.stem)
+    pools = data.get("pools")
+    if isinstance(pools, list):
+        data["pools"] = [_from_catalog(pool, f"{path}: pools[{i}].catalog") for i, pool in enumerate(pools)]
+    if trace is None and not _names_trace(data):
+        return Scenario.checked(data, str(path))
+    from llmopt.trace_workload import with_trace
+
+    return with_trace(data, file, trace)
+
+
+def _locate(path: str | Path) -> Path:
+    """The file meant by a path or a bundled name; a plain word is a name first."""
+    bundled, word = bundled_scenarios(), str(path)
+    if word in bundled:
+        return bundled[word]
+    file = Path(path)
+    if file.is_dir():
+        raise ScenarioError(f"{path}: is a folder; give a scenario file in it")
+    if file.exists():
+        return file
+    if file.suffix == "" and len(file.parts) == 1:
+        raise ScenarioError(f"{path}: no such file or bundled scenario; {suggestion(word, tuple(bundled))}")
+    raise ScenarioError(f"{path}: no such file; check the path, or name a bundled scenario ({', '.join(bundled)})")
+
+
+def _toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ScenarioError(f"{file}: is not a text file; give a scenario in TOML") from None
+    except tomllib.TOMLDecodeError as error:
+        hint = "pass a trace with --trace" if file.suffix in (".csv", ".jsonl", ".json") else "correct that line"
+        raise ScenarioError(f"{file}: is not valid TOML: {error}; {hint}") from None
+    except OSError as error:
+        raise ScenarioError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
+
+
+def _names_trace(data: dict[str, Any]) -> bool:
+    workload = data.get("workload")
+    return isinstance(workload, dict) and "trace" in workload
+
+
+def _from_catalog(pool: Any, where: str) -> Any:
+    """The pool with the constants of its catalog entry under its own keys."""
+    if not isinstance(pool, dict) or not isinstance(pool.get("catalog"), str):
+        return pool
+    try:
+        entry = catalog_entry(pool["catalog"])
+    except ScenarioError as error:
+        raise ScenarioError(f"{where}: {error}") from None
+    return {"source": entry.description} | entry.pool | pool
