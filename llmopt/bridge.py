@@ -77,11 +77,11 @@ class PyomoBridge:
     def row(self, index: int) -> str:
         """Constraint name, and the `doc` of its component in brackets."""
         constraint = self.form.rows[index].constraint
-        return _with_sentence(constraint.name, constraint.parent_component().doc)
+        return _with_sentence(_plain_name(constraint), constraint.parent_component().doc)
 
     def column(self, index: int) -> str:
         """Variable name."""
-        return str(self.form.columns[index].name)
+        return _plain_name(self.form.columns[index])
 
     def load(self, x: Floats, row_dual: Floats | None, objective: float) -> Mapping[str, Any]:
         """Set every variable, fill an importing `dual` suffix, and return duals by constraint name."""
@@ -96,7 +96,7 @@ class PyomoBridge:
         suffix = self.model.component("dual")
         if suffix is not None and suffix.import_enabled():
             suffix.update(duals)
-        return {constraint.name: value for constraint, value in duals.items()}
+        return {_plain_name(constraint): value for constraint, value in duals.items()}
 
 
 def _standard_form(model: Any) -> Any:
@@ -160,6 +160,14 @@ def _settle_unused(model: Any) -> None:
                 low, high = variable.bounds
                 nearest = np.clip(0.0, -np.inf if low is None else low, np.inf if high is None else high)
                 variable.set_value(float(nearest))
+
+
+def _plain_name(component: Any) -> str:
+    """`stability[a100,roofline,kv]`, without the quotes that Pyomo puts around some keys."""
+    index, name = component.index(), str(component.parent_component().name)
+    if index is None:
+        return name
+    return f"{name}[{','.join(str(k) for k in (index if isinstance(index, tuple) else (index,)))}]"
 
 
 def _with_sentence(name: str, sentence: str | None) -> str:
@@ -259,15 +267,26 @@ def _position(index: int, shape: tuple[int, ...]) -> str:
 
 
 def row_names(problem: Any, inverse: Any) -> list[str]:
-    """Name of the author's constraint behind each compiled row, equalities first as every CVXPY solver has them."""
-    solver = inverse[-1]
-    named = {constraint.id: (constraint.shape, name) for constraint, name in named_constraints(problem)}
+    """Name of the author's constraint behind each compiled row, equalities first as every CVXPY solver has them.
+
+    A constraint may carry `row_keys`, one name per entry of a vector, and `doc`, a sentence.
+    """
+    named = {constraint.id: (constraint, name) for constraint, name in named_constraints(problem)}
     names: list[str] = []
-    for constraint in (*solver["eq_constr"], *solver["other_constr"]):
-        shape, name = named.get(_author(constraint.id, inverse), ((), "a constraint inside a CVXPY atom"))
-        one = constraint.size == 1 or not shape
-        names += [name if one else f"{name}[{_position(k, shape)}]" for k in range(constraint.size)]
+    for compiled in (*inverse[-1]["eq_constr"], *inverse[-1]["other_constr"]):
+        author, name = named.get(_author(compiled.id, inverse), (None, "a constraint inside a CVXPY atom"))
+        sentence = getattr(author, "doc", None)
+        names += [_with_sentence(name + entry, sentence) for entry in _entries(author, compiled.size)]
     return names
+
+
+def _entries(constraint: Any, size: int) -> list[str]:
+    """`[key]` of each entry of a constraint array, in CVXPY's order by columns."""
+    if keys := getattr(constraint, "row_keys", None):
+        return [f"[{key}]" for key in keys]
+    if size == 1 or constraint is None or constraint.size != size:
+        return [""] * size
+    return [f"[{_position(k, constraint.shape)}]" for k in range(size)]
 
 
 def _author(row_id: int, inverse: Any) -> int:
@@ -300,8 +319,14 @@ def model_duals(problem: Any) -> dict[str, Any]:
         value = constraint.dual_value
         if value is not None and constraint.__class__.__name__ in _SIGNS:
             signed = np.asarray(sense * _SIGNS[constraint.__class__.__name__] * _side(constraint) * value) + 0.0
-            duals[name] = float(signed) if signed.ndim == 0 else signed
+            duals |= _by_name(name, getattr(constraint, "row_keys", None), signed)
     return duals
+
+
+def _by_name(name: str, keys: Any, values: Floats) -> dict[str, Any]:
+    if keys:
+        return {f"{name}[{key}]": value for key, value in zip(keys, values.tolist(), strict=True)}
+    return {name: float(values) if values.ndim == 0 else values}
 
 
 _SIGNS = {"Inequality": -1.0, "NonPos": -1.0, "NonNeg": 1.0, "Equality": -1.0, "Zero": -1.0}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from time import perf_counter
 from typing import Any, Protocol, runtime_checkable
 
 from llmopt.plan import Plan
 from llmopt.scenario import Scenario
-from llmopt.solution import Solve, SolveOptions
+from llmopt.solution import DEFAULT_OPTIONS, Solve, SolveOptions
 
 
 @runtime_checkable
@@ -41,12 +42,26 @@ class Formulation(Protocol):
         ...
 
 
+@runtime_checkable
+class Tightening(Protocol):
+    """A formulation whose program is solved again after cuts that only a solution reveals."""
+
+    def tighten(self, model: Any, scenario: Scenario) -> int:
+        """Add the cuts that the loaded solution violates to `model`; return how many, 0 to stop."""
+        ...
+
+
 @dataclass(frozen=True)
 class Optimized:
-    """A policy that builds its formulation, solves it and returns the plan with its proof."""
+    """A policy that builds its formulation, solves it and returns the plan with its proof.
+
+    A formulation that can `tighten` is solved again after each batch of cuts, at most `rounds` times in all and
+    within `options.time_limit` seconds of solving; `Solve.rounds` says how many solves it took.
+    """
 
     formulation: Formulation
-    options: SolveOptions = field(default_factory=SolveOptions)
+    options: SolveOptions = DEFAULT_OPTIONS
+    rounds: int = 20
 
     @property
     def name(self) -> str:
@@ -54,7 +69,9 @@ class Optimized:
         return self.formulation.name
 
     def plan(self, scenario: Scenario) -> Plan:
-        """Build, solve, extract.
+        """Build, solve, tighten while cuts are found, extract.
+
+        A plan that already carries a record (because its formulation proves more than the last program) keeps it.
 
         Raises
         ------
@@ -63,6 +80,20 @@ class Optimized:
         """
         from llmopt.solve import solve
 
+        start = perf_counter()
         model = self.formulation.build(scenario)
         record = solve(model, self.options)
-        return replace(self.formulation.extract(model, record, scenario), solve=record)
+        while (
+            record.rounds < self.rounds
+            and record.solve_seconds < self.options.time_limit
+            and self._cut(model, scenario)
+        ):
+            rest = self.options.time_limit - record.solve_seconds
+            again = solve(model, self.options.model_copy(update={"time_limit": rest}))
+            record = replace(again, solve_seconds=record.solve_seconds + again.solve_seconds, rounds=record.rounds + 1)
+        record = replace(record, build_seconds=perf_counter() - start - record.solve_seconds)
+        plan = self.formulation.extract(model, record, scenario)
+        return plan if plan.solve else replace(plan, solve=record)
+
+    def _cut(self, model: Any, scenario: Scenario) -> int:
+        return self.formulation.tighten(model, scenario) if isinstance(self.formulation, Tightening) else 0

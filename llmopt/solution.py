@@ -38,6 +38,9 @@ class SolveOptions(InputModel):
     highs: tuple[tuple[str, bool | int | float | str], ...] = ()
 
 
+DEFAULT_OPTIONS = SolveOptions()
+
+
 @dataclass(frozen=True)
 class Solve:
     """What one solve returned.

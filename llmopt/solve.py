@@ -22,7 +22,7 @@ import numpy as np
 from llmopt.bridge import Bridge, CvxpyBridge, Program, PyomoBridge
 from llmopt.errors import Infeasible, SolveError
 from llmopt.lengths import Floats
-from llmopt.solution import Solve, SolveOptions, Termination
+from llmopt.solution import DEFAULT_OPTIONS, Solve, SolveOptions, Termination
 
 _ENDINGS = {
     "kOptimal": Termination.OPTIMAL,
@@ -36,10 +36,9 @@ _ENDINGS = {
 }
 _IIS_FROM_LP_IRREDUCIBLE = 6
 _SHOWN = 5
-_DEFAULT = SolveOptions()
 
 
-def solve(model: Any, options: SolveOptions = _DEFAULT) -> Solve:
+def solve(model: Any, options: SolveOptions = DEFAULT_OPTIONS) -> Solve:
     """Solve, load values and duals into the model's variables and constraints, and say what was proven.
 
     Parameters

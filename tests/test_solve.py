@@ -133,6 +133,28 @@ def test_vector_duals_keep_their_shape():
     assert record.duals["cap"] == pytest.approx(cap)
 
 
+def test_entries_of_a_cvxpy_constraint_may_have_names_and_a_sentence():
+    import cvxpy as cp
+
+    x = cp.Variable(2, nonneg=True)
+    cap = (x <= np.array([1.0, 2.0])).set_label("cap")
+    cap.row_keys, cap.doc = ("a-1", "b.2"), "memory of the pool"
+    record = solve(cp.Problem(cp.Maximize(3 * x[0] + x[1]), [cap]))
+    assert record.duals == pytest.approx({"cap[a-1]": 3.0, "cap[b.2]": 1.0})
+    with pytest.raises(Infeasible, match=r"cap\[b.2\] \(memory of the pool\)"):
+        solve(cp.Problem(cp.Maximize(x[0]), [cap, (x[1] >= 3).set_label("need")]))
+
+
+def test_pyomo_names_are_plain():
+    import pyomo.environ as pyo
+
+    m = pyo.ConcreteModel()
+    m.x = pyo.Var([("a-1", "b.2")], bounds=(0, None))
+    m.cap = pyo.Constraint([("a-1", "b.2")], rule=lambda m, *k: m.x[k] <= 4)
+    m.value = pyo.Objective(expr=m.x["a-1", "b.2"], sense=pyo.maximize)
+    assert solve(m).duals == {"cap[a-1,b.2]": 1.0}
+
+
 def test_knapsack_bounds_agree_through_both_paths():
     best = knapsack_by_enumeration()
     for model in (knapsack_pyomo(), knapsack_cvxpy()):
