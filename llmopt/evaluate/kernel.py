@@ -9,7 +9,7 @@ import numpy as np
 
 from llmopt.evaluate.kernel_route import draw, draw_pool, next_pool, smallest
 from llmopt.evaluate.kernel_step import advance, arrive
-from llmopt.evaluate.kernel_types import MODES, NONE, REPLICA, REQUEST, Table, compiled
+from llmopt.evaluate.kernel_types import NONE, Table, World, build_world, compiled
 from llmopt.evaluate.run import ReplicaTotals, SimRun
 from llmopt.lengths import Floats, Ints
 from llmopt.plan import Router
@@ -32,20 +32,20 @@ class Routing(NamedTuple):
 
 
 @compiled
-def run(reqs: Table, reps: Table, pieces: Floats, cls: Ints, u: Floats, routing: Routing) -> None:
-    """Play all requests to their end."""
-    for i in range(len(reqs)):
-        time = reqs[i].arrival
-        r = route(reqs, reps, pieces, time, cls[i], u[i], routing)
-        advance(reqs, reps[r], pieces, time)
+def run(world: World, cls: Ints, u: Floats, routing: Routing) -> None:
+    """Play all requests to their end; `routing.last` remembers the number of the last request of each replica."""
+    for i in range(len(world.reqs)):
+        time = world.reqs[i].arrival
+        r = route(world, time, cls[i], u[i], routing)
+        advance(world, r, time)
         routing.last[r] = i
-        arrive(reqs, reps[r], i, r, time)
-    for r in range(len(reps)):
-        advance(reqs, reps[r], pieces, np.inf)
+        arrive(world, r, i, time)
+    for r in range(len(world.reps)):
+        advance(world, r, np.inf)
 
 
 @compiled
-def route(reqs: Table, reps: Table, pieces: Floats, time: float, cls: int, u: float, routing: Routing) -> int:
+def route(world: World, time: float, cls: int, u: float, routing: Routing) -> int:
     """The replica for one request."""
     which = cls
     if len(routing.fractions) > 0 and routing.cyclic:
@@ -57,50 +57,25 @@ def route(reqs: Table, reps: Table, pieces: Floats, time: float, cls: int, u: fl
         members = draw(members, routing.choices, u)
     if routing.dependent:
         for r in members:
-            advance(reqs, reps[r], pieces, time)
-    return smallest(reps, members, routing.weights, routing.last)
+            advance(world, r, time)
+    return smallest(world.reps, members, routing.weights, routing.last)
 
 
 def run_compiled(scenario: Scenario, router: Router, requests: Requests) -> SimRun:
     """Run a data router through the compiled core."""
-    reqs, (reps, pieces) = request_table(requests), replica_table(scenario.pools)
-    run(reqs, reps, pieces, requests.cls, requests.u, routing_of(scenario, router, reps))
+    world = build_world(scenario.pools, requests)
+    run(world, requests.cls, requests.u, routing_of(scenario, router, world.reps))
+    reqs = world.reqs
     return SimRun(
         requests,
-        replica=reqs["replica"].copy(),
+        replica=reqs["replica"].astype(np.int64),
         scheduled=reqs["scheduled"].copy(),
         first_token=reqs["first_token"].copy(),
         finish=reqs["finish"].copy(),
-        preemptions=reqs["preemptions"].copy(),
-        replicas=totals_of(reps),
+        preemptions=reqs["preemptions"].astype(np.int64),
+        replicas=totals_of(world.reps),
         core="compiled",
     )
-
-
-def request_table(requests: Requests) -> Table:
-    """One record per request, before its arrival."""
-    table = np.zeros(len(requests), REQUEST)
-    table["arrival"], table["prompt"], table["output"] = requests.arrival, requests.prompt, requests.output
-    table["target"], table["prefilling"] = requests.prompt, 1
-    for name in ("scheduled", "first_token", "finish"):
-        table[name] = np.nan
-    return table
-
-
-def replica_table(pools: Sequence[Pool]) -> tuple[Table, Floats]:
-    """One record per replica, empty, and the stacked step-time pieces of all pools."""
-    table = np.zeros(sum(pool.replicas for pool in pools), REPLICA)
-    for name in ("queue_head", "queue_tail", "batch_head", "batch_tail"):
-        table[name] = NONE
-    row = piece = 0
-    for j, pool in enumerate(pools):
-        mine = table[row : row + pool.replicas]
-        mine["pool"], mine["mode"], mine["first_step"] = j, MODES.index(pool.preemption), pool.first_step
-        mine["block"], mine["slots"], mine["blocks"] = pool.block_size, pool.lookahead_slots, pool.kv_blocks
-        mine["chunk"], mine["budget"], mine["max_batch"] = pool.chunk, pool.token_budget, pool.max_batch
-        mine["piece"], mine["pieces"] = piece, len(pool.step_time)
-        row, piece = row + pool.replicas, piece + len(pool.step_time)
-    return table, np.concatenate([pool.stepper.coefficients for pool in pools])
 
 
 def routing_of(scenario: Scenario, router: Router, reps: Table) -> Routing:
@@ -132,19 +107,19 @@ def totals_of(reps: Table) -> ReplicaTotals:
 def play_backlog(pool: Pool, prompt: Ints, output: Ints, stops: Sequence[float]) -> tuple[Table, list[ReplicaTotals]]:
     """One replica with all requests waiting at time 0: requests at the end, totals at the times `stops`."""
     zeros = np.zeros(len(prompt))
-    reqs = request_table(Requests(zeros, prompt, output, zeros.astype(np.int64), zeros))
-    reps, pieces = replica_table([pool.model_copy(update={"replicas": 1})])
-    submit(reqs, reps)
+    requests = Requests(zeros, prompt, output, zeros.astype(np.int64), zeros)
+    world = build_world([pool.model_copy(update={"replicas": 1})], requests)
     snapshots = []
+    submit(world)
     for stop in stops:
-        advance(reqs, reps[0], pieces, stop)
-        snapshots.append(totals_of(reps))
-    advance(reqs, reps[0], pieces, np.inf)
-    return reqs, snapshots
+        advance(world, 0, stop)
+        snapshots.append(totals_of(world.reps))
+    advance(world, 0, np.inf)
+    return world.reqs, snapshots
 
 
 @compiled
-def submit(reqs: Table, reps: Table) -> None:
+def submit(world: World) -> None:
     """Everything to replica 0 at time 0."""
-    for i in range(len(reqs)):
-        arrive(reqs, reps[0], i, 0, 0.0)
+    for i in range(len(world.reqs)):
+        arrive(world, 0, i, 0.0)

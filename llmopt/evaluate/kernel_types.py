@@ -1,83 +1,127 @@
-"""Tables of the compiled simulator: one record per request, one per replica; and the compile decorator."""
+"""Tables of the compiled simulator: one record per request, one per replica; and the compile decorator.
 
-# mypy: disable-error-code="no-any-return"
+A running request is either *single*, looked at in every step (it is in prefill, or its first token is still to be
+timed), or *gliding*: it decodes one token in every step, so that its computed tokens are `offset` + the replica's step
+count and it ends when that count reaches `due`. Gliding requests are never touched between two events.
+"""
+
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from llmopt.lengths import Floats, Ints
+from llmopt.scenario import Pool
+from llmopt.workload import Requests
 
 F = TypeVar("F", bound=Callable[..., Any])
 Table = NDArray[np.void]
 MODES = ("reserve", "lookahead", "recompute", "swap", "restart")
 RESERVE, LOOKAHEAD, RECOMPUTE, SWAP, RESTART = range(5)
 NONE = -1
+NEVER = 2**62
+WORD = 32
+"""Ring slots per word of the occupancy bits."""
 
 REQUEST = np.dtype(
     [
-        ("arrival", "f8"),
-        ("scheduled", "f8"),
-        ("first_token", "f8"),
-        ("finish", "f8"),
-        ("attempt", "i8"),
-        ("life", "i8"),
-        ("prompt", "i8"),
-        ("output", "i8"),
-        ("computed", "i8"),
-        ("emitted", "i8"),
-        ("target", "i8"),
-        ("take", "i8"),
-        ("preemptions", "i8"),
-        ("replica", "i8"),
-        ("next", "i8"),
-        ("prev", "i8"),
-        ("prefilling", "i8"),
-        ("prefilled", "i8"),
+        *((name, "f8") for name in ("arrival", "scheduled", "first_token", "finish")),
+        # token-steps held by the current prefill, or (restart) by this life; see `start_gliding` for gliding requests
+        ("area", "i8"),
+        ("offset", "i8"),
+        ("due", "i8"),
+        # step count of the last step in which a gliding request got no token
+        ("starved", "i8"),
+        *((name, "i4") for name in ("prompt", "output", "computed", "emitted", "target", "take")),
+        *((name, "i4") for name in ("preemptions", "replica")),
+        # neighbours in the queue or the batch; neighbours in the list of singles or in a bucket of the ring
+        *((name, "i4") for name in ("next", "prev", "link_next", "link_prev")),
+        *((name, "i4") for name in ("prefilling", "prefilled", "gliding")),
     ],
     align=True,
 )
 
 REPLICA = np.dtype(
     [
-        ("pool", "i8"),
-        ("mode", "i8"),
-        ("first_step", "i8"),
-        ("block", "i8"),
-        ("slots", "i8"),
-        ("blocks", "i8"),
-        ("chunk", "i8"),
-        ("budget", "i8"),
-        ("max_batch", "i8"),
-        ("piece", "i8"),
-        ("pieces", "i8"),
+        *((name, "i8") for name in ("pool", "mode", "first_step", "block", "slots", "blocks")),
+        *((name, "i8") for name in ("chunk", "budget", "max_batch", "piece", "pieces")),
+        # where this replica's part of the flat arrays starts; the ring's size is mask + 1
+        *((name, "i8") for name in ("ring", "mask", "bits", "classes")),
         ("clock", "f8"),
         ("end", "f8"),
-        ("under_way", "i8"),
-        ("waiting", "i8"),
-        ("running", "i8"),
-        ("queue_head", "i8"),
-        ("queue_tail", "i8"),
-        ("batch_head", "i8"),
-        ("batch_tail", "i8"),
-        ("used", "i8"),
-        ("outstanding", "i8"),
-        ("steps", "i8"),
+        *((name, "i8") for name in ("under_way", "waiting", "running", "gliding")),
+        *((name, "i8") for name in ("queue_head", "queue_tail", "batch_head", "batch_tail")),
+        *((name, "i8") for name in ("single_head", "single_tail")),
+        # blocks held; computed tokens of the batch and of its gliding part; what routers see as outstanding
+        *((name, "i8") for name in ("used", "tokens", "kv", "outstanding")),
+        # step count before which the head of the queue cannot be admitted
+        ("retry", "i8"),
+        # the step under way: tokens, new blocks, gliding requests without a token and their computed tokens
+        *((name, "i8") for name in ("prefill", "decode", "need", "starved", "starved_kv")),
+        *((name, "i8") for name in ("steps", "prefill_tokens", "decode_tokens", "preemptions", "held", "wasted")),
+        *((name, "i8") for name in ("peak",)),
         ("busy", "f8"),
-        ("prefill_tokens", "i8"),
-        ("decode_tokens", "i8"),
-        ("preemptions", "i8"),
-        ("held", "i8"),
-        ("wasted", "i8"),
         ("held_time", "f8"),
-        ("peak", "i8"),
     ],
     align=True,
 )
 
 
+class World(NamedTuple):
+    """All arrays of a run.
+
+    ring: first request of the bucket of each finishing step; bits: which buckets are filled; classes: how many
+    gliding requests have (offset + slots) mod block = k, so that one look tells the new blocks of a step.
+    """
+
+    reqs: Table
+    reps: Table
+    pieces: Floats
+    ring: NDArray[np.int32]
+    bits: Ints
+    classes: Ints
+
+
 def compiled(function: F) -> F:
     """Compile with numba, cached on disk."""
-    return cast(F, numba.njit(cache=True)(function))
+    return cast(F, numba.njit(cache=True, error_model="numpy")(function))
+
+
+def build_world(pools: Sequence[Pool], requests: Requests) -> World:
+    """Empty replicas, in order of their pools, and requests before their arrival."""
+    reps, pieces = _replicas(pools)
+    size = 1 << max(5, int(requests.output.max(initial=1) + 1).bit_length())
+    reps["mask"], reps["ring"] = size - 1, size * np.arange(len(reps))
+    reps["bits"] = reps["ring"] // WORD
+    reps["classes"] = np.cumsum(reps["block"]) - reps["block"]
+    ring = np.full(size * len(reps), NONE, np.int32)
+    classes = np.zeros(int(reps["block"].sum()), np.int64)
+    return World(_requests(requests), reps, pieces, ring, np.zeros(len(ring) // WORD, np.int64), classes)
+
+
+def _requests(requests: Requests) -> Table:
+    table = np.zeros(len(requests), REQUEST)
+    table["arrival"], table["prompt"], table["output"] = requests.arrival, requests.prompt, requests.output
+    table["target"], table["prefilling"], table["starved"] = requests.prompt, 1, NONE
+    for name in ("scheduled", "first_token", "finish"):
+        table[name] = np.nan
+    return table
+
+
+def _replicas(pools: Sequence[Pool]) -> tuple[Table, Floats]:
+    table = np.zeros(sum(pool.replicas for pool in pools), REPLICA)
+    for name in ("queue_head", "queue_tail", "batch_head", "batch_tail", "single_head", "single_tail"):
+        table[name] = NONE
+    row = piece = 0
+    for j, pool in enumerate(pools):
+        mine = table[row : row + pool.replicas]
+        mine["pool"], mine["mode"], mine["first_step"] = j, MODES.index(pool.preemption), pool.first_step
+        mine["block"], mine["slots"], mine["blocks"] = pool.block_size, pool.lookahead_slots, pool.kv_blocks
+        mine["chunk"], mine["budget"], mine["max_batch"] = pool.chunk, pool.token_budget, pool.max_batch
+        mine["piece"], mine["pieces"] = piece, len(pool.step_time)
+        row, piece = row + pool.replicas, piece + len(pool.step_time)
+    return table, np.concatenate([pool.stepper.coefficients for pool in pools])

@@ -1,0 +1,222 @@
+# mypy: disable-error-code="no-any-return"
+"""Gliding requests and jumps over the steps in which nothing but decoding happens (compiled)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from llmopt.evaluate.kernel_lists import join_bucket, leave_bucket, leave_batch, next_due, take_bucket
+from llmopt.evaluate.kernel_types import NEVER, NONE, RESERVE, World, compiled
+from llmopt.lengths import Floats
+
+
+@compiled
+def blocks_of(rep: Any, tokens: int) -> int:
+    """Blocks of a request with `tokens` computed tokens."""
+    return (tokens + rep.slots + rep.block - 1) // rep.block
+
+
+@compiled
+def held_by(rep: Any, req: Any, tokens: int) -> int:
+    """Blocks of a running request: for all its tokens under peak reservation, else for `tokens`."""
+    if rep.mode == RESERVE:
+        return blocks_of(rep, req.prompt + req.output - rep.first_step)
+    return blocks_of(rep, tokens)
+
+
+@compiled
+def start_gliding(world: World, rep: Any, i: int) -> None:
+    """Let a decode request glide; its area becomes what must be added to c(c + 1)/2 at c computed tokens."""
+    req = world.reqs[i]
+    req.gliding = 1
+    req.offset = req.computed - rep.steps
+    req.due = rep.steps + req.output - req.emitted
+    req.area -= req.computed * (req.computed + 1) // 2
+    world.classes[rep.classes + (req.offset + rep.slots) % rep.block] += 1
+    join_bucket(world, rep, i)
+    rep.gliding += 1
+    rep.kv += req.computed
+
+
+@compiled
+def stop_gliding(world: World, rep: Any, i: int) -> None:
+    """Undo `start_gliding` between two steps, or in a step that is being scheduled."""
+    req = world.reqs[i]
+    leave_bucket(world, rep, i)
+    world.classes[rep.classes + (req.offset + rep.slots) % rep.block] -= 1
+    idle = 1 if req.starved == rep.steps else 0
+    req.computed = req.offset + rep.steps + idle
+    req.emitted = req.output - req.due + rep.steps + idle
+    req.area += req.computed * (req.computed + 1) // 2 - idle * req.computed
+    req.gliding = 0
+    rep.starved -= idle
+    rep.starved_kv -= idle * req.computed
+    rep.gliding -= 1
+    rep.kv -= req.computed
+
+
+@compiled
+def starve(world: World, rep: Any, i: int) -> None:
+    """A gliding request gets no token in the step that is being scheduled: it ends one step later."""
+    req = world.reqs[i]
+    computed = req.offset + rep.steps
+    k = (req.offset + rep.slots) % rep.block
+    if rep.mode != RESERVE and (k + rep.steps) % rep.block == 0:
+        rep.need -= 1
+    world.classes[rep.classes + k] -= 1
+    world.classes[rep.classes + (k - 1) % rep.block] += 1
+    leave_bucket(world, rep, i)
+    req.offset -= 1
+    req.due += 1
+    join_bucket(world, rep, i)
+    req.area += computed
+    req.starved = rep.steps
+    rep.starved += 1
+    rep.starved_kv += computed
+
+
+@compiled
+def finish_due(world: World, rep: Any) -> None:
+    """Let the gliding requests leave that have emitted their last token at the clock."""
+    reqs = world.reqs
+    i = take_bucket(world, rep, rep.steps)
+    if i != NONE and rep.retry == NEVER:
+        rep.retry = 0
+    while i != NONE:
+        req = reqs[i]
+        req.finish = rep.clock
+        computed = req.offset + rep.steps
+        world.classes[rep.classes + (req.offset + rep.slots) % rep.block] -= 1
+        rep.gliding -= 1
+        rep.kv -= computed
+        rep.tokens -= computed
+        rep.used -= held_by(rep, req, computed)
+        leave_batch(world, rep, i)
+        i = req.link_next
+
+
+@compiled
+def glide(world: World, rep: Any, until: float) -> int:
+    """Make at once all steps that end by `until` and in which nobody starts, ends or is preempted but in the last.
+
+    Returns the number of steps made.
+    """
+    if rep.single_head != NONE or rep.gliding == 0 or rep.gliding > rep.budget:
+        return 0
+    most = next_due(world, rep, rep.steps) - rep.steps
+    if rep.waiting > 0:
+        most = min(most, rep.retry - rep.steps)
+    if most <= 0:
+        return 0
+    pieces = world.pieces[rep.piece : rep.piece + rep.pieces]
+    steps, seconds, held_time = coast(pieces, rep, most, until)
+    if rep.mode != RESERVE and steps > 0:
+        room = growth(world, rep, steps)
+        if room < steps:
+            steps, seconds, held_time = coast(pieces, rep, room, np.inf)
+    if steps == 0:
+        return 0
+    tokens = steps * rep.gliding
+    rep.held += steps * rep.tokens + rep.gliding * (steps * (steps + 1) // 2)
+    rep.held_time += held_time
+    rep.busy += seconds
+    rep.clock += seconds
+    rep.steps += steps
+    rep.decode_tokens += tokens
+    rep.outstanding -= tokens
+    rep.kv += tokens
+    rep.tokens += tokens
+    rep.peak = max(rep.peak, rep.tokens)
+    finish_due(world, rep)
+    return steps
+
+
+@compiled
+def growth(world: World, rep: Any, steps: int) -> int:
+    """Allocate the blocks of up to `steps` decode steps; returns for how many steps they suffice."""
+    free = rep.blocks - rep.used
+    if rep.block == 1:
+        made = min(steps, free // rep.gliding)
+        rep.used += made * rep.gliding
+        return made
+    turns = min(steps // rep.block, free // rep.gliding)
+    made = turns * rep.block
+    free -= turns * rep.gliding
+    k = -(rep.steps + made) % rep.block
+    while made < steps:
+        more = world.classes[rep.classes + k]
+        if more > free:
+            break
+        free -= more
+        made += 1
+        k = k - 1 if k > 0 else rep.block - 1
+    rep.used = rep.blocks - free
+    return made
+
+
+@compiled
+def coast(pieces: Floats, rep: Any, most: int, until: float) -> tuple[int, float, float]:
+    """Sum the step times of up to `most` decode steps that end by `until`.
+
+    With D gliding requests that read K tokens, step j takes max_i (a_i + d_i D + k_i (K + j D)): piece by piece of
+    this upper envelope the sums are closed forms. Returns steps, seconds, and token-seconds of KV memory in use.
+    """
+    made = 0
+    seconds = 0.0
+    held_time = 0.0
+    while made < most:
+        base, slope, length = steepest(pieces, rep, made, most - made)
+        if rep.clock + seconds + stretch(base, slope, length) > until:
+            length = fitting(base, slope, length, rep.clock + seconds, until)
+            most = made + length
+        first = length * (length - 1.0) / 2.0
+        second = first * (2.0 * length - 1.0) / 3.0
+        use = float(rep.tokens + (made + 1) * rep.gliding)
+        seconds += stretch(base, slope, length)
+        held_time += length * use * base + (use * slope + rep.gliding * base) * first + rep.gliding * slope * second
+        made += length
+    return made, seconds, held_time
+
+
+@compiled
+def stretch(base: float, slope: float, steps: int) -> float:
+    """Seconds of `steps` steps that take base, base + slope, base + 2 slope, ..."""
+    return steps * base + slope * (steps * (steps - 1.0) / 2.0)
+
+
+@compiled
+def steepest(pieces: Floats, rep: Any, made: int, most: int) -> tuple[float, float, int]:
+    """The longest piece after `made` more steps: its step time now, its slope, and for how many steps it stays so."""
+    kv = float(rep.kv + made * rep.gliding)
+    base = -1.0
+    slope = 0.0
+    for p in pieces:
+        value = p[0] + p[2] * rep.gliding + p[3] * kv
+        if value > base or (value == base and p[3] * rep.gliding > slope):
+            base = value
+            slope = p[3] * rep.gliding
+    length = most
+    for p in pieces:
+        rise = p[3] * rep.gliding - slope
+        if rise > 0.0:
+            gap = base - p[0] - p[2] * rep.gliding - p[3] * kv
+            if gap < rise * length:
+                length = max(1, math.ceil(gap / rise))
+    return base, slope, length
+
+
+@compiled
+def fitting(base: float, slope: float, most: int, clock: float, until: float) -> int:
+    """The largest number of steps, below `most`, that end by `until`."""
+    room = until - clock
+    low = base - slope / 2.0
+    root = low + math.sqrt(max(low * low + 2.0 * slope * room, 0.0))
+    steps = int(min(2.0 * room / root, most)) if root > 0.0 else most
+    while steps < most and clock + stretch(base, slope, steps + 1) <= until:
+        steps += 1
+    while steps > 0 and clock + stretch(base, slope, steps) > until:
+        steps -= 1
+    return steps
