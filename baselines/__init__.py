@@ -1,1 +1,8 @@
-"""baselines."""
+"""Heuristics that production uses, as policies with no model; each says its rule and its source."""
+
+from __future__ import annotations
+
+from baselines import routing
+from llmopt.policy import Policy
+
+POLICIES: tuple[Policy, ...] = routing.POLICIES
