@@ -18,12 +18,16 @@ from llmopt.workload import Requests
 
 
 class Routing(NamedTuple):
-    """A data router as arrays: candidate set k is members[bounds[k]:bounds[k + 1]], one set per pool or per class."""
+    """A data router as arrays: candidate set k is members[bounds[k]:bounds[k + 1]], one set per pool or per class.
+
+    sent: requests of each class that went to each pool; last: number of the last request sent to each replica; drawn:
+    room for the d choices; dependent: whether the weights look at the state at all.
+    """
 
     weights: Floats
     fractions: Floats
     cyclic: bool
-    choices: int
+    drawn: Ints
     members: Ints
     bounds: Ints
     sent: Ints
@@ -53,8 +57,9 @@ def route(world: World, time: float, cls: int, u: float, routing: Routing) -> in
     elif len(routing.fractions) > 0:
         which, u = draw_pool(routing.fractions, cls, u)
     members = routing.members[routing.bounds[which] : routing.bounds[which + 1]]
-    if routing.choices > 0:
-        members = draw(members, routing.choices, u)
+    if len(routing.drawn) > 0:
+        draw(members, u, routing.drawn)
+        members = routing.drawn
     if routing.dependent:
         for r in members:
             advance(world, r, time)
@@ -89,7 +94,7 @@ def routing_of(scenario: Scenario, router: Router, reps: Table) -> Routing:
         weights=np.ascontiguousarray(router.weights, float),
         fractions=np.ascontiguousarray(fractions),
         cyclic=router.spread == "cyclic",
-        choices=router.choices,
+        drawn=np.zeros(router.choices, np.int64),
         members=np.concatenate(sets),
         bounds=np.cumsum([0, *(len(s) for s in sets)]),
         sent=np.zeros((classes, pools), np.int64),

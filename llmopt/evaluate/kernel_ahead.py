@@ -17,7 +17,9 @@ def steps_to_wait(world: World, rep: Any, i: int) -> int:
     Memory in use grows between two ends, so it is enough to look at the steps in which some request ends.
     """
     reqs = world.reqs
-    classes = world.classes[rep.classes : rep.classes + rep.block].copy()
+    classes = world.scratch
+    for k in range(rep.block):
+        classes[k] = world.classes[rep.classes + k]
     active = rep.gliding
     total = rep.kv - rep.steps * active - rep.starved + rep.slots * active
     t = rep.steps

@@ -111,12 +111,11 @@ def glide(world: World, rep: Any, until: float) -> int:
         most = min(most, rep.retry - rep.steps)
     if most <= 0:
         return 0
-    pieces = world.pieces[rep.piece : rep.piece + rep.pieces]
-    steps, seconds, held_time = coast(pieces, rep, most, until)
+    steps, seconds, held_time = coast(world.pieces, rep, most, until)
     if rep.mode != RESERVE and steps > 0:
         room = growth(world, rep, steps)
         if room < steps:
-            steps, seconds, held_time = coast(pieces, rep, room, np.inf)
+            steps, seconds, held_time = coast(world.pieces, rep, room, np.inf)
     if steps == 0:
         return 0
     tokens = steps * rep.gliding
@@ -193,16 +192,17 @@ def steepest(pieces: Floats, rep: Any, made: int, most: int) -> tuple[float, flo
     kv = float(rep.kv + made * rep.gliding)
     base = -1.0
     slope = 0.0
-    for p in pieces:
-        value = p[0] + p[2] * rep.gliding + p[3] * kv
-        if value > base or (value == base and p[3] * rep.gliding > slope):
+    for k in range(rep.piece, rep.piece + rep.pieces):
+        value = pieces[k, 0] + pieces[k, 2] * rep.gliding + pieces[k, 3] * kv
+        rise = pieces[k, 3] * rep.gliding
+        if value > base or (value == base and rise > slope):
             base = value
-            slope = p[3] * rep.gliding
+            slope = rise
     length = most
-    for p in pieces:
-        rise = p[3] * rep.gliding - slope
+    for k in range(rep.piece, rep.piece + rep.pieces):
+        rise = pieces[k, 3] * rep.gliding - slope
         if rise > 0.0:
-            gap = base - p[0] - p[2] * rep.gliding - p[3] * kv
+            gap = base - pieces[k, 0] - pieces[k, 2] * rep.gliding - pieces[k, 3] * kv
             if gap < rise * length:
                 length = max(1, math.ceil(gap / rise))
     return base, slope, length

@@ -65,11 +65,9 @@ def smallest(reps: Table, members: Ints, weights: Floats, last: Ints) -> int:
 
 
 @compiled
-def draw(members: Ints, choices: int, u: float) -> Ints:
-    """`choices` members drawn with replacement from the digits of `u`."""
-    drawn = np.empty(choices, np.int64)
-    for d in range(choices):
+def draw(members: Ints, u: float, drawn: Ints) -> None:
+    """Fill `drawn` with members drawn with replacement from the digits of `u`."""
+    for d in range(len(drawn)):
         k = min(int(u * len(members)), len(members) - 1)
         u = u * len(members) - k
         drawn[d] = members[k]
-    return drawn

@@ -217,8 +217,10 @@ def duration(world: World, rep: Any) -> float:
             kv += req.computed
         i = req.link_next
     longest = 0.0
-    for p in world.pieces[rep.piece : rep.piece + rep.pieces]:
-        longest = max(longest, p[0] + p[1] * rep.prefill + p[2] * rep.decode + p[3] * kv + p[4] * pairs)
+    p = world.pieces
+    for k in range(rep.piece, rep.piece + rep.pieces):
+        seconds = p[k, 0] + p[k, 1] * rep.prefill + p[k, 2] * rep.decode + p[k, 3] * kv + p[k, 4] * pairs
+        longest = max(longest, seconds)
     return longest
 
 
