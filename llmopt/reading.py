@@ -31,7 +31,7 @@ def read_scenario(path: str | Path, trace: str | Path | None = None) -> Scenario
         return Scenario.checked(data, str(path))
     from llmopt.trace_workload import with_trace
 
-    return with_trace(data, file, trace)
+    return with_trace(data, file, str(path), trace)
 
 
 def _locate(path: str | Path) -> Path:

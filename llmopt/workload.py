@@ -108,13 +108,14 @@ class TraceSource(InputModel):
     """A trace file: `file`, relative to the scenario file, in a known `format` or with `columns` named.
 
     Requests with more than `max_tokens` prompt and output tokens are left out, as an engine with that max_model_len
-    refuses them.
+    refuses them. Rows that are no requests are refused unless `skip_bad_rows`.
     """
 
     file: str
     format: str | None = None
     columns: dict[str, str] | None = None
     max_tokens: Tokens | None = None
+    skip_bad_rows: bool = False
 
 
 class Workload(InputModel):
