@@ -1,0 +1,148 @@
+"""Where policies and bundled scenarios are found by name, and the verb `plan` that runs one policy."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from llmopt.errors import LLMOptError, PolicyError
+from llmopt.plan import Plan, check_plan
+from llmopt.policy import Policy
+from llmopt.scenario import Scenario
+
+PACKAGES = ("formulations", "baselines")
+
+
+@cache
+def _bundled() -> dict[str, Policy]:
+    """Policies of the two packages by name, formulations first."""
+    found: dict[str, Policy] = {}
+    for package in PACKAGES:
+        for policy in _load(package).POLICIES:
+            if policy.name in found:
+                raise PolicyError(f"two policies are named {policy.name!r}, one in {package}; rename one of them")
+            found[policy.name] = policy
+    return found
+
+
+def policy_names() -> tuple[str, ...]:
+    """Names of the bundled policies, optimized ones first."""
+    return tuple(_bundled())
+
+
+def get_policy(name: str) -> Policy:
+    """A policy by its name, or a user's own by ``module:attribute`` or ``path/to/file.py:attribute``.
+
+    The module may lie in the current folder. The attribute is a policy, or a class or function that returns one
+    when called without arguments.
+
+    Raises
+    ------
+    PolicyError
+        If there is no such policy, with near names; or if the user's module cannot be loaded, with the reason.
+    """
+    if ":" in name:
+        return _own(name)
+    bundled = _bundled()
+    if name in bundled:
+        return bundled[name]
+    near = difflib.get_close_matches(name, bundled, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}" if near else f"choose one of {', '.join(bundled)}"
+    raise PolicyError(f"no policy is named {name!r}; {hint}, or reach your own by module:attribute")
+
+
+def plan(scenario: Scenario, policy: str | Policy = "max-margin") -> Plan:
+    """The plan of one policy, given or named, checked against the scenario.
+
+    Raises
+    ------
+    Infeasible, SolveError
+        If the program of an optimized policy has no answer.
+    PolicyError
+        If the policy raises anything else, or if its plan does not fit the scenario.
+    """
+    chosen = get_policy(policy) if isinstance(policy, str) else policy
+    try:
+        answer = chosen.plan(scenario)
+    except LLMOptError:
+        raise
+    except Exception as error:
+        raise PolicyError(f"policy {chosen.name!r} raised {_short(error)}; fix its plan(scenario)") from error
+    check_plan(answer, scenario)
+    return answer
+
+
+def bundled_scenarios() -> dict[str, Path]:
+    """Files of the bundled scenarios by name, in alphabetical order."""
+    import scenarios
+
+    folder = Path(next(iter(scenarios.__path__)))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def _own(name: str) -> Policy:
+    """The policy behind ``module:attribute``."""
+    where, _, attribute = name.rpartition(":")
+    module = _load(where)
+    if not hasattr(module, attribute):
+        names = [n for n in vars(module) if not n.startswith("_")]
+        near = difflib.get_close_matches(attribute, names, n=1) or names[-1:]
+        raise PolicyError(f"{where!r} has no attribute {attribute!r}; it has {', '.join(near) or 'none'}")
+    target = getattr(module, attribute)
+    policy = _called(target, name) if isinstance(target, type) or not hasattr(target, "plan") else target
+    if not isinstance(policy, Policy) or not callable(policy.plan):
+        raise PolicyError(f"{name!r} is {type(policy).__name__}, not a policy; give it a name and plan(scenario)")
+    return policy
+
+
+def _called(factory: Any, name: str) -> Any:
+    """What a class or function without arguments returns."""
+    try:
+        return factory()
+    except Exception as error:
+        raise PolicyError(f"{name!r} cannot be made without arguments: {_short(error)}; give defaults") from error
+
+
+def _load(where: str) -> ModuleType:
+    """Import a module by name or file; the current folder is searched as `python -m` does."""
+    try:
+        return _from_file(Path(where)) if where.endswith(".py") else _from_path(where)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (where == error.name or where.startswith(f"{error.name}.")):
+            raise PolicyError(
+                f"no module {where!r} here or on the Python path; check the name before the ':'"
+            ) from error
+        raise PolicyError(f"policy module {where!r} cannot be imported: {_short(error)}; install it") from error
+    except Exception as error:
+        raise PolicyError(f"policy module {where!r} raised {_short(error)}; fix it and try again") from error
+
+
+def _from_path(where: str) -> ModuleType:
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+    return importlib.import_module(where)
+
+
+def _from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _short(error: BaseException) -> str:
+    """Kind and first line of an error."""
+    first = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
