@@ -63,7 +63,7 @@ def route(world: World, time: float, cls: int, u: float, routing: Routing) -> in
     if routing.dependent:
         for r in members:
             advance(world, r, time)
-    return smallest(world.reps, members, routing.weights, routing.last)
+    return smallest(world.reps, members, routing.weights, routing.last, time)
 
 
 def run_compiled(scenario: Scenario, router: Router, requests: Requests) -> SimRun:

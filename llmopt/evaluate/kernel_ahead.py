@@ -54,7 +54,7 @@ def gliders_at(classes: Ints, block: int, active: int, total: int, t: int) -> in
 @compiled
 def filling_steps(rep: Any, req: Any) -> int:
     """Steps of its prefill after this one, each a whole chunk."""
-    return (req.target - req.computed - req.take + rep.chunk - 1) // rep.chunk if req.prefilling else 0
+    return (req.target - req.computed - req.taken + rep.chunk - 1) // rep.chunk if req.prefilling else 0
 
 
 @compiled
@@ -63,7 +63,7 @@ def end_of(rep: Any, req: Any) -> int:
     after = rep.steps + req.output - req.emitted
     if req.prefilling:
         return after + 1 + filling_steps(rep, req) - rep.first_step
-    return after + 1 - req.take
+    return after + 1 - req.taken
 
 
 @compiled
@@ -73,7 +73,7 @@ def candidate_at(rep: Any, req: Any, t: int) -> int:
         return 0
     later = t - rep.steps - 1
     filling = filling_steps(rep, req)
-    tokens = req.computed + req.take
+    tokens = req.computed + req.taken
     if filling > 0 and later <= filling:
         return blocks_of(rep, min(req.target, tokens + later * rep.chunk))
     return blocks_of(rep, (req.target if req.prefilling else tokens) + later - filling)
@@ -114,6 +114,6 @@ def delay(rep: Any, req: Any, t: int, room: int) -> int:
     fits = -1
     if tokens >= req.target:
         fits = tokens - req.target + filling_steps(rep, req)
-    elif tokens >= req.take:
-        fits = (tokens - req.take) // rep.chunk
+    elif tokens >= req.taken:
+        fits = (tokens - req.taken) // rep.chunk
     return max(1, later - fits)

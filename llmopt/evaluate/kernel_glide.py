@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from llmopt.evaluate.kernel_lists import join_bucket, leave_bucket, leave_batch, next_due, take_bucket
+from llmopt.evaluate.kernel_lists import join_bucket, leave_batch, leave_bucket, next_due, take_bucket
 from llmopt.evaluate.kernel_types import NEVER, NONE, RESERVE, World, compiled
 from llmopt.lengths import Floats
 
@@ -99,8 +99,17 @@ def finish_due(world: World, rep: Any) -> None:
 
 
 @compiled
+def show(rep: Any, outstanding: int) -> None:
+    """Keep what routers see until the step that is about to end has ended."""
+    rep.seen_waiting = rep.waiting
+    rep.seen_running = rep.running
+    rep.seen_used = rep.used
+    rep.seen_outstanding = outstanding
+
+
+@compiled
 def glide(world: World, rep: Any, until: float) -> int:
-    """Make at once all steps that end by `until` and in which nobody starts, ends or is preempted but in the last.
+    """Make at once all steps that start before `until` and in which nobody starts, ends or is preempted but in the last.
 
     Returns the number of steps made.
     """
@@ -112,12 +121,12 @@ def glide(world: World, rep: Any, until: float) -> int:
     if most <= 0:
         return 0
     steps, seconds, held_time = coast(world.pieces, rep, most, until)
-    if rep.mode != RESERVE and steps > 0:
+    if rep.mode != RESERVE:
         room = growth(world, rep, steps)
+        if room == 0:
+            return 0
         if room < steps:
             steps, seconds, held_time = coast(world.pieces, rep, room, np.inf)
-    if steps == 0:
-        return 0
     tokens = steps * rep.gliding
     rep.held += steps * rep.tokens + rep.gliding * (steps * (steps + 1) // 2)
     rep.held_time += held_time
@@ -129,6 +138,7 @@ def glide(world: World, rep: Any, until: float) -> int:
     rep.kv += tokens
     rep.tokens += tokens
     rep.peak = max(rep.peak, rep.tokens)
+    show(rep, rep.outstanding + rep.gliding)
     finish_due(world, rep)
     return steps
 
@@ -158,7 +168,7 @@ def growth(world: World, rep: Any, steps: int) -> int:
 
 @compiled
 def coast(pieces: Floats, rep: Any, most: int, until: float) -> tuple[int, float, float]:
-    """Sum the step times of up to `most` decode steps that end by `until`.
+    """Sum the step times of up to `most` decode steps that start before `until`.
 
     With D gliding requests that read K tokens, step j takes max_i (a_i + d_i D + k_i (K + j D)): piece by piece of
     this upper envelope the sums are closed forms. Returns steps, seconds, and token-seconds of KV memory in use.
@@ -168,13 +178,15 @@ def coast(pieces: Floats, rep: Any, most: int, until: float) -> tuple[int, float
     held_time = 0.0
     while made < most:
         base, slope, length = steepest(pieces, rep, made, most - made)
-        if rep.clock + seconds + stretch(base, slope, length) > until:
-            length = fitting(base, slope, length, rep.clock + seconds, until)
+        span = stretch(base, slope, length)
+        if rep.clock + seconds + span >= until:
+            length = steps_until(base, slope, length, rep.clock + seconds, until)
+            span = stretch(base, slope, length)
             most = made + length
         first = length * (length - 1.0) / 2.0
         second = first * (2.0 * length - 1.0) / 3.0
         use = float(rep.tokens + (made + 1) * rep.gliding)
-        seconds += stretch(base, slope, length)
+        seconds += span
         held_time += length * use * base + (use * slope + rep.gliding * base) * first + rep.gliding * slope * second
         made += length
     return made, seconds, held_time
@@ -209,14 +221,14 @@ def steepest(pieces: Floats, rep: Any, made: int, most: int) -> tuple[float, flo
 
 
 @compiled
-def fitting(base: float, slope: float, most: int, clock: float, until: float) -> int:
-    """The largest number of steps, below `most`, that end by `until`."""
+def steps_until(base: float, slope: float, most: int, clock: float, until: float) -> int:
+    """The smallest number of steps, at least 1 and at most `most`, that end at `until` or later."""
     room = until - clock
     low = base - slope / 2.0
     root = low + math.sqrt(max(low * low + 2.0 * slope * room, 0.0))
-    steps = int(min(2.0 * room / root, most)) if root > 0.0 else most
-    while steps < most and clock + stretch(base, slope, steps + 1) <= until:
+    steps = max(1, math.ceil(min(2.0 * room / root, most))) if root > 0.0 else most
+    while steps < most and clock + stretch(base, slope, steps) < until:
         steps += 1
-    while steps > 0 and clock + stretch(base, slope, steps) > until:
+    while steps > 1 and clock + stretch(base, slope, steps - 1) >= until:
         steps -= 1
     return steps

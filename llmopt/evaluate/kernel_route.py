@@ -12,10 +12,15 @@ from llmopt.lengths import Floats, Ints
 
 
 @compiled
-def score(rep: Any, weights: Floats) -> float:
-    """Weighted sum of the state features."""
-    w = weights[rep.pool]
-    return w[0] * rep.waiting + w[1] * rep.running + w[2] * (rep.used * rep.block) + w[3] * rep.outstanding
+def score(rep: Any, weights: Floats, time: float) -> float:
+    """Weighted sum of the state features at `time`, which is before the clock while a step is under way."""
+    j = rep.pool
+    if time < rep.clock:
+        waiting, running, used, outstanding = rep.seen_waiting, rep.seen_running, rep.seen_used, rep.seen_outstanding
+    else:
+        waiting, running, used, outstanding = rep.waiting, rep.running, rep.used, rep.outstanding
+    value = weights[j, 0] * waiting + weights[j, 1] * running
+    return value + weights[j, 2] * (used * rep.block) + weights[j, 3] * outstanding
 
 
 @compiled
@@ -52,12 +57,12 @@ def next_pool(fractions: Floats, sent: Ints, cls: int) -> int:
 
 
 @compiled
-def smallest(reps: Table, members: Ints, weights: Floats, last: Ints) -> int:
+def smallest(reps: Table, members: Ints, weights: Floats, last: Ints, time: float) -> int:
     """The member with the smallest score; ties go to the one chosen least recently, then to the first."""
     best = members[0]
-    lowest = score(reps[best], weights)
+    lowest = score(reps[best], weights, time)
     for r in members[1:]:
-        value = score(reps[r], weights)
+        value = score(reps[r], weights, time)
         if value < lowest or (value == lowest and (last[r] < last[best] or (last[r] == last[best] and r < best))):
             best = r
             lowest = value

@@ -12,6 +12,7 @@ from llmopt.evaluate.kernel_glide import (
     finish_due,
     glide,
     held_by,
+    show,
     start_gliding,
     starve,
     stop_gliding,
@@ -22,17 +23,14 @@ from llmopt.evaluate.kernel_types import LOOKAHEAD, NEVER, NONE, RESERVE, RESTAR
 
 @compiled
 def advance(world: World, r: int, until: float) -> None:
-    """Begin every step of replica `r` that starts before `until`, complete every step that ends by `until`."""
+    """Make every step of replica `r` that starts before `until`."""
     rep = world.reps[r]
-    while True:
-        if rep.under_way:
-            if rep.end > until:
-                return
-            complete(world, rep)
-        if rep.clock >= until or rep.waiting + rep.running == 0:
-            return
+    while rep.clock < until and rep.waiting + rep.running > 0:
         if glide(world, rep, until) == 0:
-            begin(world, rep)
+            schedule(world, rep)
+            seconds = duration(world, rep)
+            show(rep, rep.outstanding)
+            complete(world, rep, seconds)
 
 
 @compiled
@@ -45,12 +43,14 @@ def arrive(world: World, r: int, i: int, time: float) -> None:
         rep.retry = 0
     req.replica = r
     queue(world, rep, i)
+    rep.seen_waiting += 1
     rep.outstanding += req.prompt + req.output
+    rep.seen_outstanding += req.prompt + req.output
 
 
 @compiled
-def begin(world: World, rep: Any) -> None:
-    """Schedule a step at the clock."""
+def schedule(world: World, rep: Any) -> None:
+    """Form the batch of the step that starts at the clock."""
     rep.starved = 0
     rep.starved_kv = 0
     rep.need = world.classes[rep.classes + -rep.steps % rep.block] if rep.mode != RESERVE else 0
@@ -59,7 +59,7 @@ def begin(world: World, rep: Any) -> None:
         i = rep.single_head
         while i != NONE:
             req = world.reqs[i]
-            rep.need += blocks_of(rep, req.computed + req.take) - blocks_of(rep, req.computed)
+            rep.need += blocks_of(rep, req.computed + req.taken) - blocks_of(rep, req.computed)
             i = req.link_next
     preempted = False
     while rep.need > rep.blocks - rep.used:
@@ -68,8 +68,6 @@ def begin(world: World, rep: Any) -> None:
     rep.used += rep.need
     if not preempted and rep.waiting > 0 and rep.steps >= rep.retry:
         admit(world, rep, left)
-    rep.end = rep.clock + duration(world, rep)
-    rep.under_way = 1
 
 
 @compiled
@@ -86,14 +84,14 @@ def allot(world: World, rep: Any) -> int:
     i = rep.single_head
     while i != NONE:
         req = reqs[i]
-        req.take = demand(rep, req)
-        left -= req.take
+        req.taken = demand(rep, req)
+        left -= req.taken
         i = req.link_next
     last = rep.single_tail
     if left >= 0:
         return left
-    if last != NONE and last == rep.batch_tail and left + reqs[last].take >= 0:
-        reqs[last].take += left
+    if last != NONE and last == rep.batch_tail and left + reqs[last].taken >= 0:
+        reqs[last].taken += left
     else:
         ration(world, rep)
     return 0
@@ -107,8 +105,8 @@ def ration(world: World, rep: Any) -> None:
     while i != NONE:
         req = world.reqs[i]
         if not req.gliding:
-            req.take = min(req.take, left)
-            left -= req.take
+            req.taken = min(req.taken, left)
+            left -= req.taken
         elif left > 0:
             left -= 1
         else:
@@ -125,7 +123,7 @@ def preempt(world: World, rep: Any, i: int) -> None:
             rep.need -= 1
         stop_gliding(world, rep, i)
     else:
-        rep.need -= blocks_of(rep, req.computed + req.take) - blocks_of(rep, req.computed)
+        rep.need -= blocks_of(rep, req.computed + req.taken) - blocks_of(rep, req.computed)
         leave_singles(world, rep, i)
     leave_batch(world, rep, i)
     rep.used -= blocks_of(rep, req.computed)
@@ -166,12 +164,12 @@ def admit(world: World, rep: Any, left: int) -> None:
             return
         i = rep.queue_head
         req = world.reqs[i]
-        req.take = min(demand(rep, req), left)
+        req.taken = min(demand(rep, req), left)
         if not fits_now(world, rep, i):
             return
         join_batch(world, rep)
-        left -= req.take
-        rep.used += held_by(rep, req, req.computed + req.take)
+        left -= req.taken
+        rep.used += held_by(rep, req, req.computed + req.taken)
         rep.tokens += req.computed
         if math.isnan(req.scheduled):
             req.scheduled = rep.clock
@@ -192,7 +190,7 @@ def fits_now(world: World, rep: Any, i: int) -> bool:
         # the projection stays true only while nobody is in prefill and nobody lacks budget
         rep.retry = rep.steps + (wait if rep.single_head == NONE and rep.starved == 0 else 1)
         return False
-    needed = held_by(rep, req, max(req.target, req.computed + req.take))
+    needed = held_by(rep, req, max(req.target, req.computed + req.taken))
     if needed <= rep.blocks - rep.used:
         return True
     rep.retry = NEVER
@@ -210,9 +208,9 @@ def duration(world: World, rep: Any) -> float:
     while i != NONE:
         req = world.reqs[i]
         if req.prefilling:
-            rep.prefill += req.take
-            pairs += req.take * (req.computed + 0.5 * req.take)
-        elif req.take > 0:
+            rep.prefill += req.taken
+            pairs += req.taken * (req.computed + 0.5 * req.taken)
+        elif req.taken > 0:
             rep.decode += 1
             kv += req.computed
         i = req.link_next
@@ -225,11 +223,9 @@ def duration(world: World, rep: Any) -> float:
 
 
 @compiled
-def complete(world: World, rep: Any) -> None:
-    """End the step under way."""
-    seconds = rep.end - rep.clock
-    rep.under_way = 0
-    rep.clock = rep.end
+def complete(world: World, rep: Any, seconds: float) -> None:
+    """End the scheduled step."""
+    rep.clock += seconds
     rep.steps += 1
     rep.busy += seconds
     rep.prefill_tokens += rep.prefill
@@ -252,7 +248,7 @@ def complete(world: World, rep: Any) -> None:
 def step_single(world: World, rep: Any, i: int) -> None:
     """What the step did to a single request."""
     req = world.reqs[i]
-    req.computed += req.take
+    req.computed += req.taken
     req.area += req.computed
     if req.prefilling:
         if req.computed < req.target:
@@ -264,7 +260,7 @@ def step_single(world: World, rep: Any, i: int) -> None:
         req.emitted += rep.first_step
         rep.outstanding -= rep.first_step
     else:
-        req.emitted += req.take
+        req.emitted += req.taken
     if req.emitted == 0:
         # first_token = "decode": the next step is looked at too, because it times the first token
         return

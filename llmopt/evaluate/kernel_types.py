@@ -42,7 +42,7 @@ REQUEST = np.dtype(
         ("due", "i8"),
         # step count of the last step in which a gliding request got no token
         ("starved", "i8"),
-        *((name, "i4") for name in ("prompt", "output", "computed", "emitted", "target", "take")),
+        *((name, "i4") for name in ("prompt", "output", "computed", "emitted", "target", "taken")),
         *((name, "i4") for name in ("preemptions", "replica")),
         # neighbours in the queue or the batch; neighbours in the list of singles or in a bucket of the ring
         *((name, "i4") for name in ("next", "prev", "link_next", "link_prev")),
@@ -57,16 +57,18 @@ REPLICA = np.dtype(
         *((name, "i8") for name in ("chunk", "budget", "max_batch", "piece", "pieces")),
         # where this replica's part of the flat arrays starts; the ring's size is mask + 1
         *((name, "i8") for name in ("ring", "mask", "bits", "classes")),
+        # end of the last step, which is the start of the next
         ("clock", "f8"),
-        ("end", "f8"),
-        *((name, "i8") for name in ("under_way", "waiting", "running", "gliding")),
+        *((name, "i8") for name in ("waiting", "running", "gliding")),
         *((name, "i8") for name in ("queue_head", "queue_tail", "batch_head", "batch_tail")),
         *((name, "i8") for name in ("single_head", "single_tail")),
-        # blocks held; computed tokens of the batch and of its gliding part; what routers see as outstanding
-        *((name, "i8") for name in ("used", "tokens", "kv", "outstanding")),
+        # blocks held; outstanding tokens; computed tokens of the batch and of its gliding part
+        *((name, "i8") for name in ("used", "outstanding", "tokens", "kv")),
+        # what a router sees before the clock, while the last step is under way
+        *((name, "i8") for name in ("seen_waiting", "seen_running", "seen_used", "seen_outstanding")),
         # step count before which the head of the queue cannot be admitted
         ("retry", "i8"),
-        # the step under way: tokens, new blocks, gliding requests without a token and their computed tokens
+        # the last step: tokens, new blocks, gliding requests without a token and their computed tokens
         *((name, "i8") for name in ("prefill", "decode", "need", "starved", "starved_kv")),
         *((name, "i8") for name in ("steps", "prefill_tokens", "decode_tokens", "preemptions", "held", "wasted")),
         *((name, "i8") for name in ("peak",)),
