@@ -28,8 +28,8 @@ STEPS = 600
 """Time steps of a run; more where the arrival profile has short pieces, up to `MOST_STEPS`."""
 
 MOST_STEPS = 2400
-SETTLE = 4.0
-"""Horizons at the mean rate that follow the run, to see whether its backlog goes away."""
+SETTLE = 2.0
+"""Horizons at the mean rate that follow the run, twice: first the backlog may settle, then it is judged."""
 
 REMIX = 25
 """Time steps between two looks at the class mix of a pool."""
@@ -37,12 +37,13 @@ REMIX = 25
 
 @dataclass(frozen=True)
 class FluidRun:
-    """A fluid run over [0, horizon] and what becomes of its backlog.
+    """A fluid run over [0, horizon] and what becomes of it.
 
-    times (n_t,) s; backlog (n_t, n_pools) and by_class (n_t, n_classes): requests waiting; load (n_pools,): estimated
-    load under `fractions` (n_classes, n_pools), the split that came about. After the horizon arrivals go on at their
-    mean rate: growth: of the fastest growing pool then; stable: whether it is none; drain_time: seconds until the
-    backlog is back at its lasting level (0 if it was never above it, inf if unstable).
+    times (n_t,) s; backlog (n_t, n_pools) and by_class (n_t, n_classes): requests waiting; fractions (n_classes,
+    n_pools): the split that came about. After the horizon arrivals go on at their mean rate, and once the backlog had
+    time to settle: load (n_pools,): estimated load under the split; growth: of the fastest growing pool; stable:
+    whether it is none; drain_time: seconds from the horizon until the backlog is at its lasting level (0 if it never
+    was above it, inf if unstable).
     """
 
     times: Floats
@@ -68,20 +69,22 @@ def evaluate_fluid(scenario: Scenario, plan: Plan, horizon: float | None = None)
     cells = Cells.of(scenario, one_by_one=not isinstance(plan.router, Router))
     tank = _Tank(cells, spread_of(plan, scenario, cells))
     arrivals = arriving(scenario, span)
+    mean = np.tile(arrivals.sum(axis=0) * (SETTLE / STEPS), (STEPS, 1))
     cells.slowdown.update(np.outer(arrivals.sum(axis=0), np.ones(cells.shape[1])))
-    run = tank.fill(arrivals, span / len(arrivals))
-    after = tank.fill(np.tile(arrivals.sum(axis=0) * SETTLE / STEPS, (STEPS, 1)), span * SETTLE / STEPS)
-    waiting, later = _by_pool(run.waiting, cells), _by_pool(after.waiting, cells)
-    verdict = _fastest(after.times, later.sum(axis=1), float(arrivals.sum()) / span)
-    fractions = _split(_by_pool(run.sent[None], cells)[0])
+    run, after, late = (
+        tank.fill(a, t / len(a)) for a, t in ((arrivals, span), (mean, span * SETTLE), (mean, span * SETTLE))
+    )
+    fractions, lasting = (_split(_by_pool(part.sent, cells)) for part in (run, late))
+    waiting = _by_pool(run.waiting, cells)
+    verdict = _fastest(late.times, _by_pool(late.waiting, cells).sum(axis=1), float(arrivals.sum()) / span)
     return FluidRun(
         times=run.times,
         backlog=waiting.sum(axis=1),
         by_class=waiting.sum(axis=2),
-        load=_loads(scenario, fractions, arrivals.sum(axis=0) / span),
+        load=_loads(scenario, lasting, arrivals.sum(axis=0) / span),
         fractions=fractions,
         growth=verdict,
-        drain_time=_drained(after.times, later.sum(axis=(1, 2))) if verdict.stable else float("inf"),
+        drain_time=_drained(after, late) if verdict.stable else float("inf"),
         stable=verdict.stable,
     )
 
@@ -180,12 +183,12 @@ def _loads(scenario: Scenario, fractions: Floats, rates: Floats) -> Floats:
 
 
 def _fastest(times: Floats, backlog: Floats, rate: float) -> Growth:
-    """Growth of the fastest growing pool in the second half of the time; backlog (n_t, n_pools)."""
-    half = len(times) // 2
-    return max((growth(times[half:], column[half:], rate) for column in backlog.T), key=lambda g: g.relative)
+    """Growth of the fastest growing pool; backlog (n_t, n_pools)."""
+    return max((growth(times, column, rate) for column in backlog.T), key=lambda g: g.relative)
 
 
-def _drained(times: Floats, backlog: Floats) -> float:
-    """When the backlog (n_t,) has lost 99 % of its excess over its last value, s."""
-    level = float(backlog[-1] + 0.01 * max(backlog[0] - backlog[-1], 0.0)) + 1e-6
-    return float(times[int(np.argmax(backlog <= level))])
+def _drained(after: _Run, late: _Run) -> float:
+    """When the backlog after the horizon has lost 99 % of its excess over its last value, s."""
+    backlog, last = after.waiting.sum(axis=(1, 2)), float(late.waiting[-1].sum())
+    level = last + 0.01 * max(float(backlog[0]) - last, 0.0) + 1e-6
+    return float(after.times[int(np.argmax(backlog <= level))]) if (backlog <= level).any() else float(after.times[-1])

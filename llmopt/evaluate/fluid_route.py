@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import count
+from itertools import count, cycle
 from typing import Protocol
 
 import numpy as np
@@ -178,13 +178,13 @@ class Called:
         return flows
 
     def _parts(self, arrivals: Floats) -> list[tuple[int, float]]:
-        """Classes and amounts of the sample requests, classes taking turns."""
+        """Classes and amounts of the sample requests, in random order as in truth."""
         counts = [min(int(np.ceil(a)), SAMPLES) for a in arrivals]
-        turns = [(k / n, c, float(arrivals[c]) / n) for c, n in enumerate(counts) for k in range(n)]
-        return [(c, part) for _, c, part in sorted(turns)]
+        parts = [(c, float(arrivals[c]) / n) for c, n in enumerate(counts) for _ in range(n)]
+        return [parts[i] for i in self.rng.permutation(len(parts))]
 
     def _ask(self, time: float, c: int, states: list[ReplicaState]) -> int:
-        prompt, output = (int(x[0]) for x in self.scenario.workload.classes[c].sample(self.rng, 1))
+        prompt, output = next(self.lengths[c])
         request = Incoming(next(self.numbers), time, prompt, output, c, float(self.rng.random()))
         k = int(self.rule(request, list(states)))
         if not 0 <= k < len(states):
@@ -196,6 +196,12 @@ class Called:
                 "memory it exceeds; check the lengths in the rule"
             )
         return k
+
+    @cached_property
+    def lengths(self) -> list[Iterator[tuple[int, int]]]:
+        """Endless lengths of each class, the same few thousand again and again."""
+        draws = [c.sample(self.rng, 4096) for c in self.scenario.workload.classes]
+        return [cycle(zip(prompt.tolist(), output.tolist(), strict=True)) for prompt, output in draws]
 
     def _state(self, k: int, seen: Floats) -> ReplicaState:
         return ReplicaState(k, int(self.cells.pool[k]), *(round(float(x)) for x in seen))
