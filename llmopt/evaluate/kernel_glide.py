@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from llmopt.evaluate.kernel_lists import join_bucket, leave_batch, leave_bucket, next_due, take_bucket
-from llmopt.evaluate.kernel_types import NEVER, NONE, RESERVE, World, compiled
+from llmopt.evaluate.kernel_types import NEVER, NONE, RESERVE, World, compiled, inlined
 from llmopt.lengths import Floats
 
 
@@ -78,7 +78,7 @@ def starve(world: World, rep: Any, i: int) -> None:
     rep.starved_kv += computed
 
 
-@compiled
+@inlined
 def finish_due(world: World, rep: Any) -> None:
     """Let the gliding requests leave that have emitted their last token at the clock."""
     reqs = world.reqs
@@ -98,7 +98,7 @@ def finish_due(world: World, rep: Any) -> None:
         i = req.link_next
 
 
-@compiled
+@inlined
 def show(rep: Any, outstanding: int) -> None:
     """Keep what routers see until the step that is about to end has ended."""
     rep.seen_waiting = rep.waiting
@@ -107,7 +107,7 @@ def show(rep: Any, outstanding: int) -> None:
     rep.seen_outstanding = outstanding
 
 
-@compiled
+@inlined
 def glide(world: World, rep: Any, until: float) -> int:
     """Make at once all steps that start before `until` and in which nobody starts, ends or is preempted but in the last.
 
@@ -143,7 +143,7 @@ def glide(world: World, rep: Any, until: float) -> int:
     return steps
 
 
-@compiled
+@inlined
 def growth(world: World, rep: Any, steps: int) -> int:
     """Allocate the blocks of up to `steps` decode steps; returns for how many steps they suffice."""
     free = rep.blocks - rep.used
@@ -166,7 +166,7 @@ def growth(world: World, rep: Any, steps: int) -> int:
     return made
 
 
-@compiled
+@inlined
 def coast(pieces: Floats, rep: Any, most: int, until: float) -> tuple[int, float, float]:
     """Sum the step times of up to `most` decode steps that start before `until`.
 
@@ -198,7 +198,7 @@ def stretch(base: float, slope: float, steps: int) -> float:
     return steps * base + slope * (steps * (steps - 1.0) / 2.0)
 
 
-@compiled
+@inlined
 def steepest(pieces: Floats, rep: Any, made: int, most: int) -> tuple[float, float, int]:
     """The longest piece after `made` more steps: its step time now, its slope, and for how many steps it stays so."""
     kv = float(rep.kv + made * rep.gliding)
@@ -220,7 +220,7 @@ def steepest(pieces: Floats, rep: Any, made: int, most: int) -> tuple[float, flo
     return base, slope, length
 
 
-@compiled
+@inlined
 def steps_until(base: float, slope: float, most: int, clock: float, until: float) -> int:
     """The smallest number of steps, at least 1 and at most `most`, that end at `until` or later."""
     room = until - clock

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from llmopt.evaluate.kernel_types import NEVER, NONE, WORD, World, compiled
+from llmopt.evaluate.kernel_types import NEVER, NONE, WORD, World, compiled, inlined
 
 LOWEST = np.zeros(37, np.int64)
 """Position of the lowest bit of a word, by the bit's value modulo 37 (the powers of 2 below 2^36 differ modulo 37)."""
@@ -144,7 +144,7 @@ def take_bucket(world: World, rep: Any, due: int) -> int:
     return head
 
 
-@compiled
+@inlined
 def next_due(world: World, rep: Any, after: int) -> int:
     """The smallest filled step count above `after`, NEVER if there is none within one turn of the ring."""
     start = (after + 1) & rep.mask

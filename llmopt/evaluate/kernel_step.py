@@ -18,7 +18,7 @@ from llmopt.evaluate.kernel_glide import (
     stop_gliding,
 )
 from llmopt.evaluate.kernel_lists import join_batch, join_singles, leave_batch, leave_singles, queue, requeue
-from llmopt.evaluate.kernel_types import LOOKAHEAD, NEVER, NONE, RESERVE, RESTART, SWAP, World, compiled
+from llmopt.evaluate.kernel_types import LOOKAHEAD, NEVER, NONE, RESERVE, RESTART, SWAP, World, compiled, inlined
 
 
 @compiled
@@ -48,7 +48,7 @@ def arrive(world: World, r: int, i: int, time: float) -> None:
     rep.seen_outstanding += req.prompt + req.output
 
 
-@compiled
+@inlined
 def schedule(world: World, rep: Any) -> None:
     """Form the batch of the step that starts at the clock."""
     rep.starved = 0
@@ -76,7 +76,7 @@ def demand(rep: Any, req: Any) -> int:
     return min(req.target - req.computed, rep.chunk) if req.prefilling else 1
 
 
-@compiled
+@inlined
 def allot(world: World, rep: Any) -> int:
     """Give the running requests their tokens of this step, in order; returns what is left of the budget."""
     reqs = world.reqs
@@ -152,7 +152,7 @@ def forget(rep: Any, req: Any) -> None:
     req.prefilling = 1
 
 
-@compiled
+@inlined
 def admit(world: World, rep: Any, left: int) -> None:
     """Admit from the head of the queue while budget, batch slots and memory allow."""
     while rep.waiting > 0:
@@ -179,7 +179,7 @@ def admit(world: World, rep: Any, left: int) -> None:
             start_gliding(world, rep, i)
 
 
-@compiled
+@inlined
 def fits_now(world: World, rep: Any, i: int) -> bool:
     """Whether memory admits the head of the queue; if not, sets when to try again."""
     req = world.reqs[i]
@@ -197,7 +197,7 @@ def fits_now(world: World, rep: Any, i: int) -> bool:
     return False
 
 
-@compiled
+@inlined
 def duration(world: World, rep: Any) -> float:
     """Step time of the scheduled batch, s."""
     rep.prefill = 0
@@ -222,7 +222,7 @@ def duration(world: World, rep: Any) -> float:
     return longest
 
 
-@compiled
+@inlined
 def complete(world: World, rep: Any, seconds: float) -> None:
     """End the scheduled step."""
     rep.clock += seconds
@@ -244,7 +244,7 @@ def complete(world: World, rep: Any, seconds: float) -> None:
     finish_due(world, rep)
 
 
-@compiled
+@inlined
 def step_single(world: World, rep: Any, i: int) -> None:
     """What the step did to a single request."""
     req = world.reqs[i]

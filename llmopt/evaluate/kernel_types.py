@@ -106,6 +106,11 @@ def compiled(function: F) -> F:
     return cast(F, numba.njit(cache=True, error_model="numpy", _nrt=False)(function))
 
 
+def inlined(function: F) -> F:
+    """As `compiled`, for functions with one caller: handing all arrays over would cost more than the call's work."""
+    return cast(F, numba.njit(cache=True, error_model="numpy", _nrt=False, forceinline=True)(function))
+
+
 def build_world(pools: Sequence[Pool], requests: Requests) -> World:
     """Empty replicas, in order of their pools, and requests before their arrival."""
     reps, pieces = _replicas(pools)
