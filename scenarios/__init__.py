@@ -1,1 +1,1 @@
-"""scenarios."""
+"""Bundled scenarios, one question each; `llmopt list` names them."""
