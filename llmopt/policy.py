@@ -61,7 +61,7 @@ class Optimized:
 
     formulation: Formulation
     options: SolveOptions = DEFAULT_OPTIONS
-    rounds: int = 20
+    rounds: int = 10
 
     @property
     def name(self) -> str:
