@@ -75,13 +75,13 @@ class Piecewise(ArrivalsBase):
     @model_validator(mode="after")
     def _shape(self) -> Piecewise:
         if len(self.times) != len(self.factors):
-            raise ValueError(f"{len(self.times)} times but {len(self.factors)} factors; give one factor per time")
+            raise ValueError(f"has {len(self.times)} times but {len(self.factors)} factors; give one factor per time")
         if self.times[0] != 0 or any(b <= a for a, b in zip(self.times, self.times[1:], strict=False)):
-            raise ValueError("times must start at 0 and increase strictly")
+            raise ValueError("has times that do not start at 0 and increase strictly; correct them")
         if self.period is not None and self.period <= self.times[-1]:
-            raise ValueError(f"period = {self.period:g} ends before the last time {self.times[-1]:g}; make it longer")
+            raise ValueError(f"has period = {self.period:g}, before the last time {self.times[-1]:g}; make it longer")
         if max(self.factors) == 0:
-            raise ValueError("factors are all zero; nothing would arrive")
+            raise ValueError("has factors that are all zero; nothing would arrive, so give a positive one")
         return self
 
     @property

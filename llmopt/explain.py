@@ -59,10 +59,13 @@ def suggestion(word: str, known: Sequence[str]) -> str:
 
 
 def _without_echoes(problems: list[Any], model: type[BaseModel]) -> Iterator[Any]:
-    """Leaves out a missing key that a misspelt one in the same table was meant to be."""
+    """Leaves out a missing key that a misspelt one was meant to be, and a list too short for want of its bad items."""
     meant: set[tuple[Location, str]] = set()
+    places = [problem["loc"] for problem in problems]
     for problem in problems:
-        *table, key = problem["loc"] or ("",)
+        *table, key = here = problem["loc"] or ("",)
+        if problem["type"] == "too_short" and any(p[: len(here)] == here and p != here for p in places):
+            continue
         if problem["type"] == "extra_forbidden":
             near = difflib.get_close_matches(str(key), _keys_at(model, tuple(table)), n=1, cutoff=0.6)
             meant.update((tuple(table), word) for word in near)
@@ -160,13 +163,14 @@ def _keys_at(model: type[BaseModel], loc: Location) -> list[str]:
     return [name for m in models for name, _ in _names(m)]
 
 
-def _tables(model: type[BaseModel], home: str = "the top of the file") -> Iterator[tuple[str, list[str]]]:
-    """Every table of the file format with its keys, breadth first enough for a hint."""
-    yield home, [name for name, _ in _names(model)]
-    inside = "" if home.startswith("the top") else home.strip("[]") + "."
-    for name, inner in _inner(model):
-        if not _tags(inner):
-            yield from _tables(inner, f"[{inside}{name}]")
+def _tables(model: type[BaseModel], home: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Every table of the file format, as its header is written, with its keys."""
+    yield home or "the top of the file", [name for name, _ in _names(model)]
+    for name, annotation in _names(model):
+        for inner in _models_in(annotation):
+            if not _tags(inner):
+                path = f"{home.strip('[]')}.{name}" if home else name
+                yield from _tables(inner, f"[[{path}]]" if get_origin(annotation) is tuple else f"[{path}]")
 
 
 def _names(model: type[BaseModel]) -> list[tuple[str, Any]]:

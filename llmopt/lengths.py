@@ -75,7 +75,7 @@ class Uniform(LawBase):
     @model_validator(mode="after")
     def _ordered(self) -> Uniform:
         if self.low > self.high:
-            raise ValueError(f"low = {self.low} exceeds high = {self.high}; swap them")
+            raise ValueError(f"has low = {self.low} above high = {self.high}; swap them")
         return self
 
     def masses(self) -> Pmf:
@@ -97,7 +97,7 @@ class Clamped(LawBase):
     @model_validator(mode="after")
     def _ordered(self) -> Clamped:
         if self.min > self.max:
-            raise ValueError(f"min = {self.min} exceeds max = {self.max}; swap them")
+            raise ValueError(f"has min = {self.min} above max = {self.max}; swap them")
         return self
 
     def cdf(self, x: Floats) -> Floats:
@@ -120,7 +120,7 @@ class Geometric(Clamped):
     @model_validator(mode="after")
     def _mean(self) -> Geometric:
         if self.mean_tokens < 1:
-            raise ValueError(f"mean = {self.mean_tokens} is below 1 token; a geometric length is at least 1")
+            raise ValueError(f"has mean = {self.mean_tokens:g}, but a geometric length is at least 1 token; raise it")
         return self
 
     def cdf(self, x: Floats) -> Floats:
@@ -166,13 +166,13 @@ class Quantiles(LawBase):
     @model_validator(mode="after")
     def _shape(self) -> Quantiles:
         if len(self.probs) != len(self.values):
-            raise ValueError(f"{len(self.probs)} probs but {len(self.values)} values; give one value per prob")
+            raise ValueError(f"has {len(self.probs)} probs but {len(self.values)} values; give one value per prob")
         if self.probs[0] != 0 or self.probs[-1] != 1:
-            raise ValueError("probs must start at 0 (the minimum) and end at 1 (the maximum)")
+            raise ValueError("has probs that do not start at 0 (the minimum) and end at 1 (the maximum); add them")
         if any(b <= a for a, b in zip(self.probs, self.probs[1:], strict=False)):
-            raise ValueError("probs must increase strictly")
+            raise ValueError("has probs that do not increase strictly; correct them")
         if any(b < a for a, b in zip(self.values, self.values[1:], strict=False)):
-            raise ValueError("values must not decrease")
+            raise ValueError("has values that decrease; correct them")
         return self
 
     def masses(self) -> Pmf:
@@ -193,9 +193,9 @@ class Histogram(LawBase):
     @model_validator(mode="after")
     def _shape(self) -> Histogram:
         if len(self.values) != len(self.weights):
-            raise ValueError(f"{len(self.values)} values but {len(self.weights)} weights; give one weight per value")
+            raise ValueError(f"has {len(self.values)} values but {len(self.weights)} weights; give one weight each")
         if sum(self.weights) <= 0:
-            raise ValueError("weights are all zero; give at least one positive weight")
+            raise ValueError("has weights that are all zero; give at least one positive weight")
         return self
 
     def masses(self) -> Pmf:
@@ -213,7 +213,7 @@ class Mixture(LawBase):
     @model_validator(mode="after")
     def _shape(self) -> Mixture:
         if len(self.parts) != len(self.weights):
-            raise ValueError(f"{len(self.parts)} parts but {len(self.weights)} weights; give one weight per part")
+            raise ValueError(f"has {len(self.parts)} parts but {len(self.weights)} weights; give one weight per part")
         return self
 
     def masses(self) -> Pmf:

@@ -90,7 +90,7 @@ def _gaps(pattern: str, shape: float, rate: float, rng: np.random.Generator) -> 
     n = round(rate * WINDOW)
     gaps = rng.weibull(shape, n + 1) if pattern == "Weibull" else rng.standard_gamma(shape, n + 1)
     times = np.cumsum(gaps)
-    return WINDOW * times[:n] / max(times[n], np.finfo(float).tiny)
+    return np.asarray(WINDOW * times[:n] / max(times[n], np.finfo(float).tiny))
 
 
 def _draw(law: tuple[Ints, Floats], n: int, rng: np.random.Generator) -> Ints:

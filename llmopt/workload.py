@@ -68,7 +68,7 @@ class RequestClass(InputModel):
         if (self.share is None) == (self.rate is None):
             raise ValueError(f"(class {self.name!r}) needs exactly one of share and rate; give one of them")
         if self.prompts and self.prompts[0] > self.prompts[1]:
-            raise ValueError(f"prompts = {list(self.prompts)} is empty; give [low, high] with low <= high")
+            raise ValueError(f"has prompts = {list(self.prompts)}, which is empty; give [low, high] with low <= high")
         return self
 
     def expect(self, of_prompt: Function, of_output: Function) -> float:
@@ -135,16 +135,16 @@ class Workload(InputModel):
     def _shares(self) -> Workload:
         names = [c.name for c in self.classes]
         if len(set(names)) < len(names):
-            raise ValueError(f"class names repeat: {names}; name each class once")
+            raise ValueError(f"has repeated class names {names}; name each class once")
         by_share = [c.share is not None for c in self.classes]
         if any(by_share) != all(by_share):
-            raise ValueError("some classes give share and some rate; use one kind for all classes")
+            raise ValueError("has classes with share and classes with rate; use one kind for all")
         if all(by_share):
             _check_shares(self)
         elif self.rate is not None:
             raise ValueError("has rate and its classes have rates; drop one of the two")
         if isinstance(self.arrivals, Replay) != (self.replay is not None):
-            raise ValueError("arrivals law 'replay' needs a trace; add [workload.trace] file or pass --trace FILE")
+            raise ValueError("has arrivals law 'replay' but no trace; add [workload.trace] file or pass --trace FILE")
         return self
 
     @cached_property
