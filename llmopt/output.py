@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -39,6 +39,28 @@ def to_json(value: Any) -> str:
     return json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """A temporary name beside `path`, with its suffix, that becomes `path` when the block ends well.
+
+    Raises
+    ------
+    ScenarioError
+        If the folder cannot be made or written.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{os.getpid()}.{target.name}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(target)
+    except OSError as error:
+        raise ScenarioError(f"{target}: cannot be written ({error.strerror}); choose another place") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
 def write(path: str | Path, content: str | bytes) -> Path:
     """Write a file at once: a reader, or an interrupt, never sees half of it.
 
@@ -47,26 +69,6 @@ def write(path: str | Path, content: str | bytes) -> Path:
     ScenarioError
         If the folder cannot be made or written.
     """
-    target = Path(path)
-    data = content.encode() if isinstance(content, str) else content
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            Path(temporary).chmod(0o666 & ~_umask())
-            Path(temporary).replace(target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise ScenarioError(f"{target}: cannot be written ({error.strerror}); choose another place") from error
-    return target
-
-
-def _umask() -> int:
-    """The process's mask for new files; mkstemp ignores it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with whole(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    return Path(path)

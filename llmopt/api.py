@@ -1,0 +1,98 @@
+"""The verbs with names: policies and scenarios may be given by name, file or object."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmopt.errors import ScenarioError
+from llmopt.policy import Policy
+from llmopt.registry import get_policy, plan, policy_names
+from llmopt.scenario import Scenario, load_scenario
+
+if TYPE_CHECKING:
+    from llmopt.assess import StabilityReport
+    from llmopt.evaluate.compare import Progress
+    from llmopt.evaluate.comparison import Comparison
+    from llmopt.lengths import Floats
+
+EXACT = "max-margin"
+"""The program whose split `stability` assesses and whose critical rate `--load` refers to."""
+
+
+def compare(
+    scenario: Scenario | str | Path,
+    policies: Sequence[str | Policy] | None = None,
+    seeds: int | Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Play policies against the same arrivals in the fluid model and the simulator.
+
+    Parameters
+    ----------
+    scenario
+        A scenario, its file, or the name of a bundled one.
+    policies
+        Policies or their names, also ``module:attribute``; all bundled ones if absent.
+    seeds
+        Seeds of the simulation, or how many; those of the scenario if absent.
+    progress
+        Called with (jobs done, jobs in all, what starts now).
+
+    Raises
+    ------
+    ScenarioError, PolicyError
+        If the input cannot be used; a policy that fails keeps its row instead.
+    """
+    from llmopt.evaluate.compare import compare as play
+
+    chosen = [get_policy(p) if isinstance(p, str) else p for p in (policies or policy_names())]
+    return play(_loaded(scenario), chosen, _seeds(seeds), progress)
+
+
+def stability(scenario: Scenario | str | Path, policy: str | Policy = EXACT) -> StabilityReport:
+    """Loads, critical rate and what binds under the static split that `policy` plans.
+
+    Raises
+    ------
+    ScenarioError
+        If the policy routes by state, so that there is no split to assess.
+    """
+    from llmopt.assess import assess
+
+    known = _loaded(scenario)
+    answer = plan(known, policy)
+    fractions: Floats | None = getattr(answer.router, "fractions", None)
+    if fractions is None:
+        raise ScenarioError(
+            f"policy {answer.policy!r} routes by the state of the replicas and has no fixed split to assess; "
+            "use llmopt compare, or a policy with a split"
+        )
+    return assess(known, fractions, router=answer.policy)
+
+
+def at_rate(scenario: Scenario, rate: float) -> Scenario:
+    """The scenario with all arrivals scaled to `rate` requests/s in all, the mix kept."""
+    if scenario.workload.rate is not None:
+        return scenario.replace(**{"workload.rate": rate})
+    factor = rate / scenario.workload.total_rate
+    scaled = {f"workload.classes.{c}.rate": float(r * factor) for c, r in enumerate(scenario.workload.rates)}
+    return scenario.replace(**scaled)
+
+
+def at_load(scenario: Scenario, load: float) -> Scenario:
+    """The scenario with all arrivals scaled to `load` times the critical rate of the exact program's split."""
+    return at_rate(scenario, load * stability(scenario).critical_rate)
+
+
+def _loaded(scenario: Scenario | str | Path) -> Scenario:
+    return scenario if isinstance(scenario, Scenario) else load_scenario(scenario)
+
+
+def _seeds(seeds: int | Sequence[int] | None) -> Sequence[int] | None:
+    if not isinstance(seeds, int):
+        return seeds
+    if seeds < 1:
+        raise ScenarioError(f"seeds = {seeds} leaves nothing to simulate; give at least 1")
+    return range(1, seeds + 1)

@@ -1,0 +1,297 @@
+"""The command line. Heavy imports happen inside the commands, so that `llmopt --help` answers at once.
+
+Exit codes: 0 fine; 1 the answer is no (infeasible, or not stable under --check); 2 bad input; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from llmopt import __version__
+from llmopt.errors import LLMOptError, ScenarioError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from llmopt.evaluate.comparison import Comparison
+    from llmopt.scenario import Scenario
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+NO = 1
+INTERRUPTED = 130
+
+
+class Guarded(click.Group):
+    """Prints errors made for users as one line, and everything else as Python does."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; turn an `LLMOptError` or an interrupt into a message and an exit code."""
+        try:
+            return super().invoke(ctx)
+        except LLMOptError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+@click.group(cls=Guarded, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="llmopt")
+def main() -> None:
+    """Design LLM-serving policies by optimization, and judge them by theory and simulation.
+
+    SCENARIO is a TOML file or the name of a bundled scenario; `llmopt list` shows them.
+    """
+
+
+def scenario_options(command: Command) -> Command:
+    """Options that change the scenario before it is used."""
+    for option in (
+        click.option(
+            "--load", type=float, metavar="F", help="Set the rate to F times the critical rate of max-margin."
+        ),
+        click.option("--rate", type=float, metavar="X", help="Set the total arrival rate to X requests/s."),
+        click.option("--trace", metavar="FILE", help="Replay this trace instead of the arrivals of the scenario."),
+    ):
+        command = option(command)
+    return command
+
+
+json_option = click.option(
+    "--json", "json_file", metavar="F", help="Write the answer as JSON to F; - for standard output, and nothing else."
+)
+
+
+@main.command()
+@click.argument("scenarios", nargs=-1, required=True, metavar="SCENARIO...")
+@click.option("--policies", metavar="A,B", help="Names, or module:attribute of your own; all bundled ones if absent.")
+@click.option("--seeds", metavar="N", help="How many seeds, or a list such as 4,5,6; those of the scenario if absent.")
+@scenario_options
+@json_option
+@click.option("--report", metavar="DIR", help="Write tables, pictures and an HTML page into this folder.")
+@click.option("--check", is_flag=True, help="Exit with 1 unless at least one policy is stable in the simulator.")
+def compare(
+    scenarios: tuple[str, ...],
+    policies: str | None,
+    seeds: str | None,
+    trace: str | None,
+    rate: float | None,
+    load: float | None,
+    json_file: str | None,
+    report: str | None,
+    check: bool,
+) -> None:
+    """Compare policies on the same arrivals: the main job."""
+    from llmopt.api import compare as play
+    from llmopt.progress import Display
+
+    names = [name.strip() for name in policies.split(",") if name.strip()] if policies else None
+    comparisons = []
+    for source in scenarios:
+        scenario = prepared(source, trace, rate, load)
+        with Display(quiet=json_file == "-") as display:
+            comparisons.append(play(scenario, names, parsed_seeds(seeds), display))
+        if json_file != "-":
+            from llmopt.text import comparison_view
+
+            show(comparison_view(comparisons[-1]))
+    _write_comparisons(comparisons, json_file, report)
+    _exit_of_comparisons(comparisons, check)
+
+
+@main.command()
+@click.argument("scenario", metavar="SCENARIO")
+@click.option("--policy", default="max-margin", show_default=True, metavar="NAME", help="Whose plan to make.")
+@scenario_options
+@json_option
+def plan(
+    scenario: str, policy: str, trace: str | None, rate: float | None, load: float | None, json_file: str | None
+) -> None:
+    """Make one plan and print it with its proof and its prices."""
+    from llmopt.describe import plan_data
+    from llmopt.registry import plan as make
+
+    given = prepared(scenario, trace, rate, load)
+    answer = make(given, policy)
+    if deliver(json_file, lambda: plan_data(answer, given)):
+        from llmopt.text import plan_view
+
+        show(plan_view(answer, given))
+
+
+@main.command()
+@click.argument("scenario", metavar="SCENARIO")
+@click.option("--policy", default="max-margin", show_default=True, metavar="NAME", help="Whose split to assess.")
+@scenario_options
+@json_option
+@click.option("--check", is_flag=True, help="Exit with 1 unless the verdict is stable.")
+def stability(
+    scenario: str,
+    policy: str,
+    trace: str | None,
+    rate: float | None,
+    load: float | None,
+    json_file: str | None,
+    check: bool,
+) -> None:
+    """Loads, critical rate and what binds, by theory alone."""
+    from llmopt.api import stability as assess
+    from llmopt.describe import stability_data
+
+    given = prepared(scenario, trace, rate, load)
+    report = assess(given, policy)
+    if deliver(json_file, lambda: stability_data(report, given)):
+        from llmopt.text import stability_view
+
+        show(stability_view(report, given))
+    if check and report.verdict != "stable":
+        raise click.exceptions.Exit(NO)
+
+
+@main.command()
+@click.argument("file", metavar="FILE")
+@click.option("--format", "layout", metavar="F", help="Layout of the file; found by its content if absent.")
+@click.option("--column", "columns", multiple=True, metavar="NAME=COLUMN", help="Column of arrival, prompt or output.")
+@click.option("--to", "target", metavar="OUT", help="Write the trace as a plain CSV, JSONL or Parquet table.")
+@json_option
+@click.option("--report", metavar="DIR", help="Write a picture of the trace into this folder.")
+def trace(
+    file: str,
+    layout: str | None,
+    columns: tuple[str, ...],
+    target: str | None,
+    json_file: str | None,
+    report: str | None,
+) -> None:
+    """Statistics of a real trace, its malformed rows by line, a picture, a conversion."""
+    from llmopt.describe import trace_data
+    from llmopt.output import whole, write
+    from llmopt.traces import read_trace, write_trace
+
+    known = read_trace(file, layout, _mapping(columns) or None)
+    if target:
+        with whole(target) as temporary:
+            write_trace(known, temporary)
+    written = [Path(target)] if target else []
+    if report:
+        from llmopt.plot import draw, trace_figure
+
+        written += [write(Path(report) / f"trace.{kind}", draw(trace_figure, known, kind=kind)) for kind in KINDS]
+    if deliver(json_file, lambda: trace_data(known)):
+        from llmopt.text import trace_view
+
+        show(trace_view(known))
+    _say_written(written)
+
+
+KINDS: Any = ("svg", "png")
+
+
+@main.command(name="list")
+@json_option
+def list_command(json_file: str | None) -> None:
+    """Policies, scenarios and hardware, with one line each."""
+    from llmopt.describe import catalogue
+
+    data = catalogue()
+    if deliver(json_file, lambda: data):
+        from llmopt.text import catalogue_view
+
+        show(catalogue_view(data))
+
+
+def prepared(source: str, trace: str | None, rate: float | None, load: float | None) -> Scenario:
+    """The scenario with the options of the command line applied."""
+    from llmopt.api import at_load, at_rate
+    from llmopt.scenario import load_scenario
+
+    scenario = load_scenario(source, trace)
+    if rate is not None and load is not None:
+        raise ScenarioError("--rate and --load both set the arrival rate; drop one of the two")
+    for name, value in (("--rate", rate), ("--load", load)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ScenarioError(f"{name} {value:g} is not a positive number; give one")
+    if rate is not None:
+        return at_rate(scenario, rate)
+    return scenario if load is None else at_load(scenario, load)
+
+
+def parsed_seeds(text: str | None) -> int | list[int] | None:
+    """``3`` is three seeds, ``4,5,6`` are these."""
+    if text is None:
+        return None
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ScenarioError(f"--seeds {text} is neither a number nor a list such as 4,5,6; give one of them") from None
+    if min(numbers) < 0 or len(set(numbers)) < len(numbers):
+        raise ScenarioError(f"--seeds {text} has a negative or repeated seed; give different whole numbers from 0")
+    return numbers[0] if len(numbers) == 1 and "," not in text else numbers
+
+
+def deliver(json_file: str | None, data: Callable[[], Any]) -> bool:
+    """Write `data` as JSON if asked to; whether a table is wanted on standard output as well."""
+    if json_file is not None:
+        from llmopt.output import to_json, write
+
+        text = to_json(data())
+        if json_file == "-":
+            click.echo(text, nl=False)
+        else:
+            write(json_file, text)
+            _say_written([Path(json_file)])
+    return json_file != "-"
+
+
+def show(parts: Iterable[RenderableType]) -> None:
+    """Print to standard output, as wide as the terminal, or as the tables need without one."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=160)
+    for part in parts:
+        console.print(part)
+
+
+def _write_comparisons(comparisons: Sequence[Comparison], json_file: str | None, report: str | None) -> None:
+    if report:
+        from llmopt.page import write_report
+
+        for comparison in comparisons:
+            folder = Path(report) if len(comparisons) == 1 else Path(report) / comparison.scenario.name
+            _say_written(write_report(comparison, folder))
+    data = [comparison.as_dict() | {"timings": comparison.timings()} for comparison in comparisons]
+    deliver(json_file, lambda: data[0] if len(data) == 1 else data)
+
+
+def _exit_of_comparisons(comparisons: Sequence[Comparison], check: bool) -> None:
+    """1 if a check fails or nothing was feasible, 2 if no policy of a scenario worked for another reason."""
+    for comparison in comparisons:
+        statuses = [outcome.status for outcome in comparison.outcomes]
+        if all(status != "ok" for status in statuses):
+            infeasible = all(status.startswith("infeasible") for status in statuses)
+            raise click.exceptions.Exit(NO if infeasible else LLMOptError.exit_code)
+        if check and not comparison.served:
+            raise click.exceptions.Exit(NO)
+
+
+def _say_written(paths: Sequence[Path]) -> None:
+    """Name written files on standard error, so that standard output stays the answer."""
+    if len(paths) > 3:
+        click.echo(f"wrote {len(paths)} files into {paths[-1].parent}; open {paths[-1]}", err=True)
+    else:
+        for path in paths:
+            click.echo(f"wrote {path}", err=True)
+
+
+def _mapping(columns: Sequence[str]) -> dict[str, str]:
+    for item in columns:
+        if "=" not in item:
+            raise ScenarioError(f"--column {item} has no '='; write it like arrival=TIMESTAMP")
+    return {name.strip(): column.strip() for name, column in (item.split("=", 1) for item in columns)}

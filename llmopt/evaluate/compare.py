@@ -1,0 +1,218 @@
+"""The main job: every policy is planned, played through the fluid model and the simulator, and judged alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from llmopt.capacity import replica_capacity
+from llmopt.errors import Infeasible, LLMOptError, PolicyError
+from llmopt.evaluate.comparison import QUANTILES, Comparison, Outcome, Simulated
+from llmopt.evaluate.fluid import evaluate_fluid
+from llmopt.evaluate.growth import Growth, growth, pooled
+from llmopt.evaluate.report import in_window, measure, realised_split, waiting
+from llmopt.evaluate.run import SimRun
+from llmopt.evaluate.simulate import simulate
+from llmopt.lengths import Floats
+from llmopt.plan import Router, check_plan
+from llmopt.policy import Policy
+from llmopt.scenario import Scenario
+from llmopt.stability import outer_factor
+from llmopt.workload import Requests
+
+Progress = Callable[[int, int, str], None]
+"""Called with (jobs done, jobs in all, what starts now)."""
+
+POINTS = 241
+"""Instants at which a simulated backlog is looked at."""
+
+
+def compare(
+    scenario: Scenario,
+    policies: Sequence[Policy],
+    seeds: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Play every policy against the same arrivals and collect one row each.
+
+    Arrivals are sampled once per seed and shared by all policies (common random numbers). A policy that raises, or
+    whose program is infeasible, keeps its row with the reason.
+
+    Parameters
+    ----------
+    scenario
+        What is given.
+    policies
+        Policy objects with different names.
+    seeds
+        Seeds of the simulation; those of the scenario if absent.
+    progress
+        Called as each job starts.
+
+    Raises
+    ------
+    PolicyError
+        If two policies share a name or none is given.
+    """
+    names = [policy.name for policy in policies]
+    if not names or len(set(names)) < len(names):
+        raise PolicyError(f"compare needs policies with different names, but was given {names}; rename or drop some")
+    chosen = tuple(scenario.evaluation.seeds if seeds is None else seeds)
+    arrivals = {seed: scenario.workload.sample(scenario.evaluation.horizon, seed) for seed in chosen}
+    game = _Game(scenario, arrivals, progress, total=len(policies) * (2 + len(chosen)))
+    outcomes = []
+    for i, policy in enumerate(policies):
+        outcomes.append(game.play(policy))
+        game.done = (i + 1) * (2 + len(chosen))
+    game.tell("done", 0)
+    return Comparison(scenario, chosen, tuple(outcomes))
+
+
+@dataclass
+class _Game:
+    """Scenario, shared arrivals and the state of the progress display."""
+
+    scenario: Scenario
+    arrivals: dict[int, Requests]
+    progress: Progress | None
+    total: int
+    done: int = 0
+    warm: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def play(self, policy: Policy) -> Outcome:
+        """All stages for one policy; what was reached before an error is kept."""
+        outcome, self.seconds = Outcome(policy.name), {}
+        try:
+            for stage in (self.plan, self.fluid, self.simulate, self.judge):
+                outcome = stage(policy, outcome)
+        except Exception as error:
+            # A user's rule may raise anything; one broken policy must not cost the others their rows.
+            outcome = replace(outcome, status=_reason(error))
+        return replace(outcome, seconds=dict(self.seconds))
+
+    def plan(self, policy: Policy, outcome: Outcome) -> Outcome:
+        """Decide; solver seconds are part of the planning seconds."""
+        self.tell(f"{policy.name}: plan")
+        with self.timed("plan"):
+            plan = policy.plan(self.scenario)
+        check_plan(plan, self.scenario)
+        if plan.solve:
+            self.seconds |= {"build": plan.solve.build_seconds, "solve": plan.solve.solve_seconds}
+        return replace(outcome, plan=plan)
+
+    def fluid(self, policy: Policy, outcome: Outcome) -> Outcome:
+        """The fluid model."""
+        assert outcome.plan is not None
+        self.tell(f"{policy.name}: fluid model")
+        with self.timed("fluid"):
+            return replace(outcome, fluid=evaluate_fluid(self.scenario, outcome.plan))
+
+    def simulate(self, policy: Policy, outcome: Outcome) -> Outcome:
+        """The simulator, once per seed."""
+        assert outcome.plan is not None
+        if isinstance(outcome.plan.router, Router) and not self.warm:
+            self.tell("compiling the simulator (some seconds, first run only)", 0)
+            first = next(iter(self.arrivals.values()))
+            simulate(self.scenario, outcome.plan, 0, requests=_head(first, 2))
+            self.warm = True
+        runs = []
+        for seed, requests in self.arrivals.items():
+            self.tell(f"{policy.name}: simulate seed {seed}")
+            with self.timed("run"):
+                runs.append(simulate(self.scenario, outcome.plan, seed, requests=requests))
+        return replace(outcome, simulated=summarise_runs(self.scenario, tuple(self.arrivals), runs))
+
+    def judge(self, policy: Policy, outcome: Outcome) -> Outcome:
+        """Loads and margin under the split that the policy decided or that came about."""
+        assert outcome.plan is not None and outcome.simulated is not None
+        router = outcome.plan.router
+        decided = router.fractions if isinstance(router, Router) else None
+        fractions = outcome.simulated.fractions if decided is None else decided
+        load, notes = split_load(self.scenario, fractions)
+        return replace(
+            outcome,
+            fractions=fractions,
+            load=load,
+            margin=1.0 / float(load.max()) if load.max() > 0 else float("inf"),
+            outer=outer_factor(self.scenario, fractions),
+            notes=notes,
+        )
+
+    @contextmanager
+    def timed(self, key: str) -> Iterator[None]:
+        """Add the wall-clock seconds of the block to `key`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
+
+    def tell(self, what: str, jobs: int = 1) -> None:
+        """Report that `what` starts, and count it as `jobs`."""
+        if self.progress is not None:
+            self.progress(self.done, self.total, what)
+        self.done += jobs
+
+
+def summarise_runs(scenario: Scenario, seeds: Sequence[int], runs: Sequence[SimRun]) -> Simulated:
+    """Reports, growth, mean backlog and pooled distributions of one policy's runs, one per seed."""
+    times = np.linspace(0.0, scenario.evaluation.horizon, POINTS)
+    measured = [in_window(scenario, run.requests.arrival) for run in runs]
+    return Simulated(
+        reports=tuple(measure(scenario, run, seed) for seed, run in zip(seeds, runs, strict=True)),
+        growth=backlog_growth(scenario, runs),
+        times=times,
+        waiting=np.mean([waiting(scenario, run, times) for run in runs], axis=0),
+        ttft=_quantiles([run.ttft[m] for run, m in zip(runs, measured, strict=True)]),
+        tpot=_quantiles([run.tpot[m] for run, m in zip(runs, measured, strict=True)]),
+        fractions=realised_split(scenario, runs),
+    )
+
+
+def backlog_growth(scenario: Scenario, runs: Sequence[SimRun]) -> Growth:
+    """Growth, after the warm-up and over all runs, of the backlog of the pool that grows fastest.
+
+    One pool that cannot keep up makes a policy unstable, however idle the others are.
+    """
+    times = np.linspace(scenario.evaluation.warmup, scenario.evaluation.horizon, POINTS)
+    rate = scenario.workload.total_rate
+    backlogs = [waiting(scenario, run, times) for run in runs]
+    pools = [pooled([growth(times, b[:, j], rate) for b in backlogs]) for j in range(len(scenario.pools))]
+    return max(pools, key=lambda g: (not g.stable, g.relative))
+
+
+def split_load(scenario: Scenario, fractions: Floats) -> tuple[Floats, tuple[str, ...]]:
+    """Estimated load of each pool, shape (n_pools,), under a split, and what the estimate does not cover."""
+    classes, rates = scenario.workload.classes, scenario.workload.rates[:, None] * fractions
+    load, notes = np.zeros(len(scenario.pools)), []
+    for j, pool in enumerate(scenario.pools):
+        total = float(rates[:, j].sum())
+        if total > 0:
+            capacity = replica_capacity(pool, classes, rates[:, j])
+            load[j] = total / (pool.replicas * capacity.rate)
+            notes += [f"pool {pool.name!r}: {caveat}" for caveat in capacity.caveats]
+    return load, tuple(notes)
+
+
+def _quantiles(samples: Sequence[Floats]) -> Floats:
+    """Quantiles at `QUANTILES` of all samples together; NaN where there are none."""
+    pooled = np.concatenate(samples)
+    pooled = pooled[np.isfinite(pooled)]
+    return np.asarray(np.quantile(pooled, QUANTILES)) if len(pooled) else np.full(len(QUANTILES), np.nan)
+
+
+def _head(requests: Requests, n: int) -> Requests:
+    return Requests(*(getattr(requests, name)[:n] for name in ("arrival", "prompt", "output", "cls", "u")))
+
+
+def _reason(error: Exception) -> str:
+    """One line for the status column."""
+    text = " ".join(str(error).split())
+    if isinstance(error, Infeasible):
+        return f"infeasible: {text}"
+    return text if isinstance(error, LLMOptError) else f"raised {type(error).__name__}: {text}"

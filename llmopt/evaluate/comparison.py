@@ -1,0 +1,238 @@
+"""What a comparison holds: one row per policy, and how it is written down.
+
+Everything but the seconds of wall-clock time is determined by scenario, policies and seeds; the seconds stand in a
+block of their own (`timings`), so that the rest has the same bytes in every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from llmopt import __version__
+from llmopt.evaluate.fluid import FluidRun
+from llmopt.evaluate.growth import Growth
+from llmopt.evaluate.report import Estimate, Report, paired_difference, summarise
+from llmopt.lengths import Floats
+from llmopt.output import plain, to_json, write
+from llmopt.plan import Plan
+from llmopt.scenario import Scenario
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Verdict = Literal["stable", "unstable", ""]
+QUANTILES = np.linspace(0.0, 1.0, 201)
+"""Probabilities at which a comparison keeps the distributions of TTFT and TPOT, all seeds together."""
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """The simulator's answer for one policy.
+
+    reports: one per seed; growth: of the waiting requests in the pool where they grow fastest, all seeds together;
+    times (n_t,) in s and waiting (n_t, n_pools): requests not yet admitted, mean over seeds; ttft, tpot (201,): seconds
+    at `QUANTILES`; fractions (n_classes, n_pools): where the requests went.
+    """
+
+    reports: tuple[Report, ...]
+    growth: Growth
+    times: Floats
+    waiting: Floats
+    ttft: Floats
+    tpot: Floats
+    fractions: Floats
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row of a comparison.
+
+    status: "ok", or why the policy has no (complete) result; fractions (n_classes, n_pools): the split the policy
+    decided or, where it decides by state, the split that came about; load (n_pools,): estimated load of each pool under
+    it; margin: the factor by which all arrivals could grow under it (below 1: they are too many already); outer: the
+    same by the outer bound, which no policy can exceed; notes: what the estimate does not cover. The seconds are
+    wall-clock: planning, of that solving, the fluid model, simulating all seeds.
+    """
+
+    policy: str
+    status: str = "ok"
+    plan: Plan | None = None
+    fluid: FluidRun | None = None
+    simulated: Simulated | None = None
+    fractions: Floats | None = None
+    load: Floats | None = None
+    margin: float = float("nan")
+    outer: float = float("nan")
+    notes: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def ok(self) -> bool:
+        """Whether the policy was planned, and ran in both evaluators."""
+        return self.status == "ok"
+
+    @property
+    def verdict(self) -> Verdict:
+        """The simulator's verdict."""
+        return "" if self.simulated is None else "stable" if self.simulated.growth.stable else "unstable"
+
+    @property
+    def fluid_verdict(self) -> Verdict:
+        """The fluid model's verdict."""
+        return "" if self.fluid is None else "stable" if self.fluid.stable else "unstable"
+
+    @property
+    def gap(self) -> float:
+        """Relative optimality gap of the solve; NaN for a policy without one."""
+        return self.plan.solve.gap if self.plan and self.plan.solve else float("nan")
+
+    def estimates(self, confidence: float) -> dict[str, Estimate]:
+        """Every metric's mean over seeds with its interval; empty without a simulation."""
+        return summarise(self.simulated.reports, confidence) if self.simulated else {}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Policies on one scenario, played against the same arrivals; `outcomes` in the order asked for."""
+
+    scenario: Scenario
+    seeds: tuple[int, ...]
+    outcomes: tuple[Outcome, ...]
+
+    def __getitem__(self, policy: str) -> Outcome:
+        """The outcome of `policy` by name."""
+        for outcome in self.outcomes:
+            if outcome.policy == policy:
+                return outcome
+        raise KeyError(f"{policy!r} was not compared; compared are {[o.policy for o in self.outcomes]}")
+
+    @property
+    def served(self) -> bool:
+        """Whether at least one policy is stable in the simulator."""
+        return any(outcome.verdict == "stable" for outcome in self.outcomes)
+
+    def difference(self, a: str, b: str, metric: str) -> Estimate:
+        """Mean of `metric` of policy `a` minus that of `b`, paired by seed, with its interval."""
+        pair = [self[name].simulated for name in (a, b)]
+        one, two = ([] if s is None else s.reports for s in pair)
+        return paired_difference(one, two, metric, self.scenario.evaluation.confidence)
+
+    def table(self) -> pd.DataFrame:
+        """One row per policy: verdicts, margin, latencies (s), goodput (requests/s), cost, gap, seconds."""
+        import pandas as pd
+
+        return pd.DataFrame([self._row(outcome) for outcome in self.outcomes]).set_index("policy")
+
+    def records(self) -> list[dict[str, Any]]:
+        """Flat rows for CSV and Parquet: what `table` shows without seconds, every metric with its half-width."""
+        head = {"scenario": self.scenario.name, "digest": self.scenario.digest, "llmopt": __version__}
+        seeds = " ".join(str(s) for s in self.seeds)
+        return [head | {"seeds": seeds} | self._record(outcome) for outcome in self.outcomes]
+
+    def timings(self) -> dict[str, dict[str, float]]:
+        """Wall-clock seconds of each policy: plan, of that build and solve, fluid, simulate."""
+        return {outcome.policy: dict(outcome.seconds) for outcome in self.outcomes}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the timings, as plain data."""
+        evaluation = self.scenario.evaluation
+        head = {
+            "llmopt": __version__,
+            "scenario": self.scenario.name,
+            "question": self.scenario.question,
+            "digest": self.scenario.digest,
+            "rate": self.scenario.workload.total_rate,
+            "horizon": evaluation.horizon,
+            "warmup": evaluation.warmup,
+            "confidence": evaluation.confidence,
+            "seeds": self.seeds,
+            "classes": [c.name for c in self.scenario.workload.classes],
+            "pools": [p.name for p in self.scenario.pools],
+        }
+        data: dict[str, Any] = plain(head | {"policies": [self._full(o) for o in self.outcomes]})
+        return data
+
+    def to_json(self, path: str | Path | None = None, timings: bool = True) -> str:
+        """JSON text, also written to `path`; the timings are its last block, or left out."""
+        text = to_json(self.as_dict() | ({"timings": self.timings()} if timings else {}))
+        if path is not None:
+            write(path, text)
+        return text
+
+    def to_csv(self, path: str | Path) -> Path:
+        """`records` as CSV; returns the path."""
+        import pandas as pd
+
+        return write(path, pd.DataFrame(self.records()).to_csv(index=False, lineterminator="\n"))
+
+    def to_parquet(self, path: str | Path) -> Path | None:
+        """`records` as Parquet; None, and nothing written, where pyarrow (the extra `parquet`) is missing."""
+        from importlib.util import find_spec
+
+        import pandas as pd
+
+        if find_spec("pyarrow") is None:
+            return None
+        return write(path, pd.DataFrame(self.records()).to_parquet(index=False))
+
+    def _row(self, outcome: Outcome) -> dict[str, Any]:
+        metrics = outcome.estimates(self.scenario.evaluation.confidence)
+        names = ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99", "slo", "goodput", "cost")
+        return (
+            {"policy": outcome.policy, "fluid": outcome.fluid_verdict, "simulated": outcome.verdict}
+            | {"margin": outcome.margin}
+            | {name: metrics[name].mean if name in metrics else float("nan") for name in names}
+            | {"gap": outcome.gap}
+            | {f"{key}_s": outcome.seconds.get(key, float("nan")) for key in ("solve", "run")}
+            | {"status": outcome.status}
+        )
+
+    def _record(self, outcome: Outcome) -> dict[str, Any]:
+        row: dict[str, Any] = {"policy": outcome.policy, "status": outcome.status}
+        row |= {"fluid": outcome.fluid_verdict, "simulated": outcome.verdict}
+        row |= {"margin": outcome.margin, "outer_margin": outcome.outer, "gap": outcome.gap}
+        for name, value in outcome.estimates(self.scenario.evaluation.confidence).items():
+            row |= {name: value.mean, f"{name}_half": value.half}
+        for j, pool in enumerate(self.scenario.pools):
+            row[f"load_{pool.name}"] = float("nan") if outcome.load is None else float(outcome.load[j])
+        return row
+
+    def _full(self, outcome: Outcome) -> dict[str, Any]:
+        solve, fluid, simulated = outcome.plan and outcome.plan.solve, outcome.fluid, outcome.simulated
+        skip = {"build_seconds", "solve_seconds"}
+        return {
+            "policy": outcome.policy,
+            "status": outcome.status,
+            "margin": outcome.margin,
+            "outer_margin": outcome.outer,
+            "fractions": outcome.fractions,
+            "load": outcome.load,
+            "notes": outcome.notes,
+            "solve": solve and {"gap": solve.gap} | {k: v for k, v in vars(solve).items() if k not in skip},
+            "figures": outcome.plan and outcome.plan.figures,
+            "fluid": fluid and _fluid_summary(fluid),
+            "simulated": simulated
+            and {
+                "verdict": outcome.verdict,
+                "growth": simulated.growth,
+                "metrics": outcome.estimates(self.scenario.evaluation.confidence),
+                "seeds": simulated.reports,
+            },
+        }
+
+
+def _fluid_summary(fluid: FluidRun) -> dict[str, Any]:
+    """The fluid run without its curves."""
+    return {
+        "stable": fluid.stable,
+        "growth": fluid.growth,
+        "load": fluid.load,
+        "drain_time": fluid.drain_time,
+        "largest_backlog": float(fluid.backlog.sum(axis=1).max()),
+    }

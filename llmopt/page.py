@@ -1,0 +1,121 @@
+"""The report of a comparison as one HTML file that needs no other file and no network, and the results folder."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from string import Template
+
+from llmopt import __version__
+from llmopt.evaluate.comparison import Comparison, Outcome
+from llmopt.evaluate.report import Estimate
+from llmopt.output import to_json, write
+from llmopt.plot import VERDICT_COLOURS, comparison_pictures
+from llmopt.text import headline, number
+
+CAPTIONS = {
+    "backlog": "Requests waiting over time. Filled: simulated, mean over seeds. Dashed: fluid model.",
+    "load": "Estimated load of each pool. Beyond 1 a pool cannot keep up, whatever the order of service.",
+    "latency": "Distributions over the measured requests of all seeds. Dashed where the policy is not stable: these "
+    "latencies grow with the length of the simulation.",
+}
+COLUMNS = {
+    "ttft_p50": ("TTFT p50", "s", 1.0),
+    "ttft_p99": ("TTFT p99", "s", 1.0),
+    "tpot_p50": ("TPOT p50", "ms", 1e3),
+    "tpot_p99": ("TPOT p99", "ms", 1e3),
+    "slo": ("SLO met", "%", 100.0),
+    "goodput": ("goodput", "requests/s", 1.0),
+    "cost": ("cost", "USD per million output tokens", 1.0),
+}
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>$title</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 2em auto; padding: 0 1em; }
+h1 { font-size: 1.5em; margin-bottom: 0; } .meta, figcaption, .half { color: #666; font-size: 0.87em; }
+table { border-collapse: collapse; font-size: 0.87em; } .wide { overflow-x: auto; }
+th, td { padding: 0.3em 0.7em; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } th span { font-weight: normal; color: #666; }
+figure { margin: 2em 0; } figure svg { max-width: 100%; height: auto; }
+</style></head><body>
+<h1>$title</h1><p>$question</p><p class="meta">$meta</p>
+<div class="wide"><table><thead><tr>$head</tr></thead><tbody>
+$rows
+</tbody></table></div>
+<p class="meta">Means over seeds with the half-width of their $confidence intervals. Margin: the factor by which all
+arrivals could grow under the split of the policy, by the step-mean estimate. * depends on how long was simulated,
+because the backlog grows.</p>
+$notes
+$figures
+<p class="meta">llmopt $version. The same numbers, and more, are in results.json and results.csv beside this file.</p>
+</body></html>
+""")
+
+
+def html_report(comparison: Comparison, pictures: dict[str, bytes]) -> str:
+    """The page; `pictures` are SVG files by name, put inline."""
+    scenario = comparison.scenario
+    seeds = " ".join(str(s) for s in comparison.seeds)
+    names = ["policy", "fluid", "simulated", "margin"]
+    heads = [f"<th>{name}</th>" for name in names]
+    heads += [f"<th>{name}<br><span>{unit}</span></th>" for name, unit, _ in COLUMNS.values()]
+    notes = dict.fromkeys(note for outcome in comparison.outcomes for note in outcome.notes)
+    failed = [f"{o.policy}: {o.status}" for o in comparison.outcomes if not o.ok]
+    return PAGE.substitute(
+        title=f"{escape(scenario.name)}: policies compared",
+        question=escape(scenario.question),
+        meta=escape(f"{headline(scenario)}, seeds {seeds}"),
+        head="".join([*heads, "<th>gap</th>"]),
+        rows="\n".join(_row(comparison, outcome) for outcome in comparison.outcomes),
+        confidence=f"{scenario.evaluation.confidence:.0%}",
+        notes="\n".join(f'<p class="meta">{escape(text)}</p>' for text in [*failed, *notes]),
+        figures="\n".join(_figure(name, svg) for name, svg in pictures.items()),
+        version=__version__,
+    )
+
+
+def write_report(comparison: Comparison, folder: str | Path) -> list[Path]:
+    """Fill a results folder: results (JSON, CSV, Parquet), timings, pictures (SVG, PNG) and the page.
+
+    Everything is computed before the first file is written. Files of other names in the folder stay.
+    """
+    target = Path(folder)
+    vector, bitmap = (comparison_pictures(comparison, kind) for kind in ("svg", "png"))
+    page = html_report(comparison, vector)
+    written = [
+        write(target / "results.json", comparison.to_json(timings=False)),
+        write(target / "timings.json", to_json(comparison.timings())),
+        comparison.to_csv(target / "results.csv"),
+        comparison.to_parquet(target / "results.parquet"),
+        *(write(target / f"{name}.svg", data) for name, data in vector.items()),
+        *(write(target / f"{name}.png", data) for name, data in bitmap.items()),
+        write(target / "report.html", page),
+    ]
+    return [path for path in written if path is not None]
+
+
+def _row(comparison: Comparison, outcome: Outcome) -> str:
+    estimates = outcome.estimates(comparison.scenario.evaluation.confidence)
+    mark = "" if outcome.verdict == "stable" else "*"
+    cells = [escape(outcome.policy), _verdict(outcome.fluid_verdict), _verdict(outcome.verdict)]
+    cells += [number(outcome.margin)]
+    for key, (_, _, scale) in COLUMNS.items():
+        starred = mark if key.startswith(("ttft", "tpot", "slo")) else ""
+        cells.append(_estimate(estimates[key], scale) + starred if key in estimates else "–")
+    cells.append(number(outcome.gap, 2))
+    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def _verdict(word: str) -> str:
+    return f'<span style="color: {VERDICT_COLOURS.get(word, "#777")}">{word or "–"}</span>'
+
+
+def _estimate(value: Estimate, scale: float) -> str:
+    half = "" if value.half != value.half else f' <span class="half">± {number(value.half * scale, 2)}</span>'
+    return number(value.mean * scale) + half
+
+
+def _figure(name: str, svg: bytes) -> str:
+    text = svg.decode()
+    return f"<figure>{text[text.index('<svg') :]}<figcaption>{escape(CAPTIONS[name])}</figcaption></figure>"

@@ -1,0 +1,232 @@
+"""What the commands print: rich tables of comparisons, plans, stability reports and traces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from llmopt.plan import STATE_FEATURES, Plan, Router
+from llmopt.scenario import Scenario
+
+if TYPE_CHECKING:
+    from llmopt.evaluate.comparison import Comparison, Outcome
+    from llmopt.trace_summary import Spread
+    from llmopt.traces import Trace
+
+SHOWN_ROWS = 20
+VERDICT_STYLES = {"stable": "green", "unstable": "bold red", "too close to call": "yellow"}
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A number for a table: `digits` significant ones, no exponent up to a million, a dash where not defined."""
+    if not math.isfinite(value):
+        return "–" if math.isnan(value) else "∞"
+    if value == 0:
+        return "0"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:.{digits}g}" if abs(value) < 1e-4 else f"{value:,.{min(decimals, 6)}f}"
+
+
+def verdict(word: str) -> Text:
+    """A verdict in its colour."""
+    return Text(word or "–", style=VERDICT_STYLES.get(word, "dim"))
+
+
+def comparison_view(comparison: Comparison) -> Iterator[RenderableType]:
+    """Headline, one row per policy, and notes."""
+    scenario = comparison.scenario
+    if scenario.question:
+        yield Text(scenario.question, style="italic")
+    yield Text(headline(scenario) + f", seeds {' '.join(str(s) for s in comparison.seeds)}")
+    table = grid("policy", "fluid", "simulated", right=COMPARISON_COLUMNS)
+    for outcome in comparison.outcomes:
+        table.add_row(*_comparison_row(comparison, outcome))
+    yield table
+    yield from _comparison_notes(comparison)
+
+
+def headline(scenario: Scenario) -> str:
+    """Name, digest, rate and horizon of a scenario."""
+    evaluation = scenario.evaluation
+    return (
+        f"{scenario.name} [{scenario.digest}]: {number(scenario.workload.total_rate)} requests/s, "
+        f"{number(evaluation.horizon)} s of arrivals, first {number(evaluation.warmup)} s not measured"
+    )
+
+
+COMPARISON_COLUMNS = (
+    "margin",
+    "TTFT p50 / p99 (s)",
+    "TPOT p50 / p99 (ms)",
+    "SLO met",
+    "goodput (1/s)",
+    "USD/M tokens",
+    "gap",
+    "solve (s)",
+    "run (s)",
+)
+
+
+def _comparison_row(comparison: Comparison, outcome: Outcome) -> list[RenderableType]:
+    head: list[RenderableType] = [outcome.policy, verdict(outcome.fluid_verdict), verdict(outcome.verdict)]
+    seconds = outcome.seconds
+    end: list[RenderableType] = [
+        number(outcome.gap, 2),
+        number(seconds.get("solve", math.nan), 2),
+        number(seconds.get("run", math.nan), 2),
+    ]
+    if outcome.simulated is None:
+        return [*head, *["–"] * 6, *end]
+    mean = {key: value.mean for key, value in outcome.estimates(comparison.scenario.evaluation.confidence).items()}
+    mark = "" if outcome.verdict == "stable" else "*"
+    middle: list[RenderableType] = [
+        number(outcome.margin),
+        f"{number(mean['ttft_p50'])} / {number(mean['ttft_p99'])}{mark}",
+        f"{number(1e3 * mean['tpot_p50'])} / {number(1e3 * mean['tpot_p99'])}{mark}",
+        f"{mean['slo']:.1%}{mark}",
+        number(mean["goodput"]),
+        number(mean["cost"]),
+    ]
+    return [*head, *middle, *end]
+
+
+def _comparison_notes(comparison: Comparison) -> Iterator[RenderableType]:
+    yield Text("margin: factor by which all arrivals could grow under the policy's split (estimate)", style="dim")
+    if any(o.simulated and o.verdict != "stable" for o in comparison.outcomes):
+        yield Text("* the backlog grows, so this number depends on how long was simulated", style="dim")
+    for note in dict.fromkeys(note for outcome in comparison.outcomes for note in outcome.notes):
+        yield Text(f"note: {note}", style="dim")
+    for outcome in comparison.outcomes:
+        if not outcome.ok:
+            yield Text(f"{outcome.policy}: {outcome.status}", style="red")
+
+
+def plan_view(plan: Plan, scenario: Scenario) -> Iterator[RenderableType]:
+    """The rule, the proof, the figures and the prices."""
+    yield Text(headline(scenario))
+    yield from _rule_view(plan, scenario)
+    if plan.solve is not None:
+        yield _proof_view(plan)
+    simple = {key: value for key, value in plan.figures.items() if isinstance(value, int | float)}
+    if simple:
+        yield pairs("figure", "value", simple)
+    if plan.figures.get("prices"):
+        yield prices_view(plan.figures["prices"], str(plan.figures.get("price_unit", "the objective")))
+
+
+def _rule_view(plan: Plan, scenario: Scenario) -> Iterator[RenderableType]:
+    pools, router = [p.name for p in scenario.pools], plan.router
+    if not isinstance(router, Router):
+        yield f"{plan.policy}: a Python rule, {type(router).__name__}"
+        return
+    if router.fractions is not None:
+        table = grid(f"{plan.policy}: fraction of", right=[f"to {name}" for name in pools])
+        for cls, row in zip(scenario.workload.classes, router.fractions, strict=True):
+            table.add_row(cls.name, *(f"{x:.4f}" if x > 0 else "·" for x in row))
+        yield table
+    if router.weights.any():
+        where = "in its pool" if router.fractions is not None else "of all"
+        drawn = f"{router.choices} drawn replicas" if router.choices else f"replica {where}"
+        table = grid(f"{plan.policy}: smallest score of {drawn}", right=[name for name in pools])
+        for feature, column in zip(STATE_FEATURES, router.weights.T, strict=True):
+            if column.any():
+                table.add_row(f"weight of {feature}", *(number(float(w), 4) for w in column))
+        yield table
+    elif router.fractions is None:
+        drawn = f"one of {router.choices} drawn replicas" if router.choices else "the replicas in turn"
+        yield f"{plan.policy}: {drawn}"
+
+
+def _proof_view(plan: Plan) -> Table:
+    solve = plan.solve
+    assert solve is not None
+    facts = {
+        "status": solve.label,
+        f"objective ({solve.sense})": number(solve.objective, 6),
+        "proven bound": number(solve.bound, 6),
+        "relative gap": number(solve.gap, 2),
+        "size": f"{solve.variables} variables, {solve.constraints} constraints",
+        "solved": "once" if solve.rounds == 1 else f"{solve.rounds} times, with cuts in between",
+        "seconds": f"{number(solve.build_seconds, 2)} to build, {number(solve.solve_seconds, 2)} to solve",
+        "solver": f"{solve.solver} {solve.version}",
+    }
+    return pairs("proof", "", facts)
+
+
+def prices_view(prices: Mapping[str, Mapping[str, float]], unit: str) -> Table:
+    """What one more unit of each resource of each pool is worth; a column without any price is left out."""
+    kinds = [kind for kind in next(iter(prices.values())) if any(row[kind] for row in prices.values())]
+    table = grid(f"price in {unit} of one more", right=[kind.replace("_", " ") for kind in kinds])
+    for pool, row in prices.items():
+        table.add_row(pool, *(number(row[kind], 4) if row[kind] else "·" for kind in kinds))
+    return table
+
+
+def grid(*left: str, right: Sequence[str] = ()) -> Table:
+    """A plain table with left- and right-aligned columns."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name in left:
+        table.add_column(name, no_wrap=True)
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
+
+
+def pairs(name: str, value: str, rows: dict[str, Any]) -> Table:
+    """A table of two columns; numbers with four digits."""
+    table = grid(name, value)
+    for key, item in rows.items():
+        number_like = isinstance(item, float | int) and not isinstance(item, bool)
+        table.add_row(key, number(float(item), 4) if number_like else str(item))
+    return table
+
+
+def trace_view(trace: Trace) -> Iterator[RenderableType]:
+    """Statistics of a trace and its unusable rows."""
+    from llmopt.traces import trace_summary
+
+    s = trace_summary(trace)
+    counts = f"{s.requests} requests, {s.skipped} rows skipped, {s.reordered} out of order"
+    yield Text(f"{trace.path}: {s.format} layout, {counts}")
+    facts = {
+        "span (s)": s.span,
+        "rate (requests/s)": s.rate,
+        "peak rate over 60 s (requests/s)": s.peak_rate,
+        "burstiness of gaps (0: Poisson)": s.burstiness,
+        **{f"dispersion of counts in {window} (1: Poisson)": value for window, value in s.dispersion.items()},
+        "correlation of prompt and output": s.correlation,
+        "rank correlation": s.rank_correlation,
+    }
+    if s.prefix_blocks:
+        facts["prompt blocks seen before"] = s.prefix_hits
+    yield pairs("figure", "value", {key: value for key, value in facts.items() if not math.isnan(value)})
+    yield _spreads({"gap (s)": s.gaps, "prompt (tokens)": s.prompt, "output (tokens)": s.output})
+    for row in trace.skipped[:SHOWN_ROWS]:
+        yield Text(f"skipped {trace.unit} {row.line}: {row.reason}", style="yellow")
+    if len(trace.skipped) > SHOWN_ROWS:
+        yield Text(f"and {len(trace.skipped) - SHOWN_ROWS} more; --json lists them all", style="yellow")
+
+
+def _spreads(spreads: Mapping[str, Spread]) -> Table:
+    quantiles = list(next(iter(spreads.values())).quantiles)
+    table = grid("", right=["mean", "cv", "min", *quantiles, "max"])
+    for name, spread in spreads.items():
+        if not math.isnan(spread.mean):
+            inner = [spread.quantiles[q] for q in quantiles]
+            table.add_row(name, *(number(x) for x in (spread.mean, spread.cv, spread.min, *inner, spread.max)))
+    return table
+
+
+def catalogue_view(data: Mapping[str, Mapping[str, str]]) -> Iterator[RenderableType]:
+    """One table for each kind of thing."""
+    for kind, lines in data.items():
+        table = grid(kind, "")
+        for name, line in lines.items():
+            table.add_row(name, Text(line))
+        yield table
+        yield ""
