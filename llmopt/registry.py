@@ -95,13 +95,14 @@ def _own(name: str) -> Policy:
         near = difflib.get_close_matches(attribute, names, n=1) or names[-1:]
         raise PolicyError(f"{where!r} has no attribute {attribute!r}; it has {', '.join(near) or 'none'}")
     target = getattr(module, attribute)
-    policy = _called(target, name) if isinstance(target, type) or not hasattr(target, "plan") else target
-    if not isinstance(policy, Policy) or not callable(policy.plan):
-        raise PolicyError(f"{name!r} is {type(policy).__name__}, not a policy; give it a name and plan(scenario)")
+    makes = isinstance(target, type) or (callable(target) and not hasattr(target, "plan"))
+    policy = _made(target, name) if makes else target
+    if not isinstance(policy, Policy):
+        raise PolicyError(f"{name!r} is of type {type(policy).__name__}; a policy has a name and plan(scenario)")
     return policy
 
 
-def _called(factory: Any, name: str) -> Any:
+def _made(factory: Any, name: str) -> Any:
     """What a class or function without arguments returns."""
     try:
         return factory()
@@ -113,11 +114,11 @@ def _load(where: str) -> ModuleType:
     """Import a module by name or file; the current folder is searched as `python -m` does."""
     try:
         return _from_file(Path(where)) if where.endswith(".py") else _from_path(where)
+    except PolicyError:
+        raise
     except ModuleNotFoundError as error:
-        if error.name is not None and (where == error.name or where.startswith(f"{error.name}.")):
-            raise PolicyError(
-                f"no module {where!r} here or on the Python path; check the name before the ':'"
-            ) from error
+        if error.name is not None and f"{where}.".startswith(f"{error.name}."):
+            raise PolicyError(f"no module {where!r} in this folder or on the Python path; check its name") from error
         raise PolicyError(f"policy module {where!r} cannot be imported: {_short(error)}; install it") from error
     except Exception as error:
         raise PolicyError(f"policy module {where!r} raised {_short(error)}; fix it and try again") from error
@@ -131,13 +132,13 @@ def _from_path(where: str) -> ModuleType:
 
 
 def _from_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
+    """Run a file as a module under a name of its own, so that it hides no other module."""
+    name = f"_policies_in_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise PolicyError(f"there is no Python file {str(path)!r}; check the path before the ':'")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module
 
