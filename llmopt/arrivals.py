@@ -158,7 +158,7 @@ def _unit_renewals(cv: float, length: float, rng: np.random.Generator) -> Floats
     The process is stationary: the first epoch is the rest of a gap that began before 0 (a uniform part of a
     length-biased gap, which for gamma gaps has one more in the shape), so that the mean count is exactly `length`.
     """
-    if cv == 0:
+    if cv < 1e-6:
         return np.arange(0.5, length, 1.0)
     shape = 1 / cv**2
     ticks = np.array([rng.random() * rng.standard_gamma(shape + 1) / shape])
