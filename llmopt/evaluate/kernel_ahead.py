@@ -7,7 +7,8 @@ from typing import Any
 
 from llmopt.evaluate.kernel_glide import blocks_of
 from llmopt.evaluate.kernel_lists import next_due
-from llmopt.evaluate.kernel_types import NEVER, NONE, Ints, World, compiled
+from llmopt.evaluate.kernel_types import NEVER, NONE, World, compiled
+from llmopt.lengths import Ints
 
 
 @compiled

@@ -109,7 +109,7 @@ def show(rep: Any, outstanding: int) -> None:
 
 @inlined
 def glide(world: World, rep: Any, until: float) -> int:
-    """Make at once all steps that start before `until` and in which nobody starts, ends or is preempted but in the last.
+    """Make at once all steps that start before `until`, up to the first in which a request ends or memory runs out.
 
     Returns the number of steps made.
     """
@@ -205,16 +205,16 @@ def steepest(pieces: Floats, rep: Any, made: int, most: int) -> tuple[float, flo
     base = -1.0
     slope = 0.0
     for k in range(rep.piece, rep.piece + rep.pieces):
-        value = pieces[k, 0] + pieces[k, 2] * rep.gliding + pieces[k, 3] * kv
-        rise = pieces[k, 3] * rep.gliding
+        value = pieces[k][0] + pieces[k][2] * rep.gliding + pieces[k][3] * kv
+        rise = pieces[k][3] * rep.gliding
         if value > base or (value == base and rise > slope):
             base = value
             slope = rise
     length = most
     for k in range(rep.piece, rep.piece + rep.pieces):
-        rise = pieces[k, 3] * rep.gliding - slope
+        rise = pieces[k][3] * rep.gliding - slope
         if rise > 0.0:
-            gap = base - pieces[k, 0] - pieces[k, 2] * rep.gliding - pieces[k, 3] * kv
+            gap = base - pieces[k][0] - pieces[k][2] * rep.gliding - pieces[k][3] * kv
             if gap < rise * length:
                 length = max(1, math.ceil(gap / rise))
     return base, slope, length

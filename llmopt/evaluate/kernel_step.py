@@ -217,7 +217,7 @@ def duration(world: World, rep: Any) -> float:
     longest = 0.0
     p = world.pieces
     for k in range(rep.piece, rep.piece + rep.pieces):
-        seconds = p[k, 0] + p[k, 1] * rep.prefill + p[k, 2] * rep.decode + p[k, 3] * kv + p[k, 4] * pairs
+        seconds = p[k][0] + p[k][1] * rep.prefill + p[k][2] * rep.decode + p[k][3] * kv + p[k][4] * pairs
         longest = max(longest, seconds)
     return longest
 

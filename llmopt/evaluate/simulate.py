@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import operator
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from llmopt.errors import PolicyError, ScenarioError
 from llmopt.evaluate.run import SimRun
-from llmopt.plan import Plan, Router, check_plan
-from llmopt.scenario import Scenario
+from llmopt.plan import Incoming, Plan, ReplicaState, Router, RouterRule, check_plan
+from llmopt.scenario import Pool, Scenario
 from llmopt.workload import Requests
+
+if TYPE_CHECKING:
+    from llmopt.evaluate.kernel import CompiledCore
+    from llmopt.evaluate.python_core import PythonCore
 
 Core = Literal["auto", "compiled", "python"]
 
@@ -31,7 +36,8 @@ def simulate(
     seed
         Seed of the sampled requests; the same seed gives the same requests under every plan.
     core
-        ``compiled`` (numba) runs data routers, ``python`` any rule; ``auto`` takes the fastest that can run the plan.
+        ``compiled`` (numba), or ``python`` (the same program in the interpreter, some 50 times slower but without
+        compilation); both run data routers and arbitrary rules. ``auto`` is ``compiled``.
     requests
         Play these instead of sampling the scenario's workload.
     horizon
@@ -42,34 +48,102 @@ def simulate(
     PolicyError
         If the plan does not fit, sends a request where it can never run, or its rule fails.
     ScenarioError
-        If a request fits into no replica at all.
+        If a request is malformed or fits into no replica at all.
     """
     check_plan(plan, scenario)
     if requests is None:
         requests = scenario.workload.sample(horizon or scenario.evaluation.horizon, seed)
-    fit = fitting_pools(scenario, requests)
-    if not isinstance(plan.router, Router):
-        raise PolicyError(f"policy {plan.policy!r}: only data routers run so far; return a Router")
-    from llmopt.evaluate.kernel import run_compiled
-
-    run = run_compiled(scenario, plan.router, requests)
-    lost = np.flatnonzero(~fit[np.arange(len(requests)), run.replicas.pool[run.replica]])
-    if len(lost):
-        raise PolicyError(f"policy {plan.policy!r} sent request {lost[0]} to a pool whose KV memory it exceeds")
-    return run
+    _check_requests(scenario, requests)
+    engine = _core(core, scenario, requests)
+    if isinstance(plan.router, Router):
+        _run_router(engine, scenario, plan.policy, plan.router)
+    else:
+        _run_rule(engine, scenario, plan.policy, plan.router)
+    return engine.result()
 
 
-def fitting_pools(scenario: Scenario, requests: Requests) -> np.ndarray:
-    """fits[i, j]: request i fits into an empty replica of pool j; refuses a request that fits nowhere."""
-    total = requests.prompt + requests.output
-    fits = np.column_stack(
-        [-(-(total - p.first_step + p.lookahead_slots) // p.block_size) <= p.kv_blocks for p in scenario.pools]
+def _core(core: Core, scenario: Scenario, requests: Requests) -> CompiledCore | PythonCore:
+    if core == "python":
+        from llmopt.evaluate.python_core import PythonCore
+
+        return PythonCore(scenario.pools, requests)
+    from llmopt.evaluate.kernel import CompiledCore
+
+    return CompiledCore(scenario.pools, requests)
+
+
+def _run_router(engine: CompiledCore | PythonCore, scenario: Scenario, policy: str, router: Router) -> None:
+    from llmopt.evaluate.kernel_route import build_routing
+
+    routing, cls = build_routing(scenario, router), engine.requests.cls
+    if router.fractions is None:
+        homeless = np.flatnonzero(np.diff(routing.bounds)[cls] == 0)
+        if len(homeless):
+            name = scenario.workload.classes[cls[homeless[0]]].name
+            raise PolicyError(f"policy {policy!r}: the router's mask allows class {name!r} no pool; allow at least one")
+    lost = engine.run(routing)
+    if lost >= 0:
+        raise _too_large(engine.requests, policy, lost)
+
+
+def _run_rule(engine: CompiledCore | PythonCore, scenario: Scenario, policy: str, rule: RouterRule) -> None:
+    """Ask the rule at every arrival; the engine is told afterwards."""
+    requests = engine.requests
+    pools = [j for j, pool in enumerate(scenario.pools) for _ in range(pool.replicas)]
+    room = [largest(pool) for pool in scenario.pools]
+    columns = (requests.arrival, requests.prompt, requests.output, requests.cls, requests.u)
+    for i, (time, prompt, output, cls, u) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+        states = [ReplicaState(r, pools[r], *state) for r, state in enumerate(engine.look(time))]
+        r = _ask(rule, policy, Incoming(i, time, prompt, output, cls, u), states)
+        if prompt + output > room[pools[r]]:
+            raise _too_large(requests, policy, i)
+        engine.arrive(r, i, time)
+    engine.drain()
+
+
+def _ask(rule: RouterRule, policy: str, request: Incoming, states: list[ReplicaState]) -> int:
+    """The rule's choice, checked."""
+    count = len(states)
+    remedy = f"return a replica index from 0 to {count - 1}"
+    try:
+        choice = rule(request, states)
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise PolicyError(f"policy {policy!r}: its rule raised {what} at request {request.number}; {remedy}") from error
+    try:
+        r = operator.index(choice)
+    except TypeError:
+        what = f"its rule returned {choice!r}, not an integer,"
+        raise PolicyError(f"policy {policy!r}: {what} at request {request.number}; {remedy}") from None
+    if not 0 <= r < count:
+        raise PolicyError(f"policy {policy!r}: its rule returned {r} at request {request.number}; {remedy}")
+    return r
+
+
+def largest(pool: Pool) -> int:
+    """Most prompt + output tokens of a request that an empty replica of the pool can hold to its end."""
+    return pool.kv_blocks * pool.block_size - pool.lookahead_slots + pool.first_step
+
+
+def _too_large(requests: Requests, policy: str, i: int) -> PolicyError:
+    tokens = requests.prompt[i] + requests.output[i]
+    return PolicyError(
+        f"policy {policy!r} sent request {i} ({tokens} tokens) to a replica whose KV memory it exceeds; "
+        "send large requests only to pools that can hold them"
     )
-    lost = np.flatnonzero(~fits.any(axis=1))
-    if len(lost):
-        i = int(lost[0])
+
+
+def _check_requests(scenario: Scenario, requests: Requests) -> None:
+    total, room = requests.prompt + requests.output, max(largest(pool) for pool in scenario.pools)
+    if len(requests) == 0:
+        return
+    if not np.isfinite(requests.arrival).all() or (np.diff(requests.arrival) < 0).any() or requests.arrival[0] < 0:
+        raise ScenarioError("requests: arrival times must be finite, at least 0 and in increasing order; sort them")
+    if min(requests.prompt.min(), requests.output.min()) < 1:
+        raise ScenarioError("requests: every prompt and every output needs at least 1 token; drop empty requests")
+    if total.max() > room:
+        i = int(np.argmax(total > room))
         raise ScenarioError(
-            f"request {i} needs KV memory for {total[i]} tokens, more than a replica of any pool holds "
-            f"(at most {max(p.kv_capacity for p in scenario.pools)}); drop it from the trace or raise kv_capacity"
+            f"request {i} needs KV memory for {total[i]} tokens, but no replica of any pool holds more than {room}; "
+            "drop the request or raise kv_capacity"
         )
-    return fits
