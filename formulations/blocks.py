@@ -118,7 +118,7 @@ def at_most(m: Any, data: RoutingData, k: int, largest: Floats) -> None:
 
 
 def set_cuts(model: Any) -> None:
-    """Put the cuts (10) that `model.routing` holds into the model, of either modeller, in place of those it had."""
+    """Put the cuts (9) that `model.routing` holds into the model, of either modeller, in place of those it had."""
     (_set_in_cvxpy if hasattr(model, "var_dict") else _set_in_pyomo)(model, model.routing)
 
 

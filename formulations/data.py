@@ -144,7 +144,7 @@ def revise_cuts(
     """Bring the cuts of `routing` up to date with the solution at hand; return how many changed, 0 if they agree.
 
     With rho_j(y) the step-mean estimate of the load at class rates y_c = lambda_c x_cj, homogeneous of degree 1, the
-    tangent at the current y gives  sum_c lambda_c x_cj n_j d rho_j / d y_c <= replicas granted.                  (10)
+    tangent at the current y gives  sum_c lambda_c x_cj n_j d rho_j / d y_c <= replicas granted.                  (9)
     A pool that needs more than it was granted gets the tangent at y as a new cut. The estimate is nearly, but not
     quite, convex in y: a tight cut that overrates what the pool needs at y is replaced by the tangent there.
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog, minimize
 
+import formulations
 from formulations import POLICIES
 from formulations.routing import FewPools, MaxMargin, MinCost, MinDelay
 from llmopt.errors import Infeasible
 from llmopt.plan import check_plan
 from llmopt.policy import Optimized
+from llmopt.registry import get_policy
 from llmopt.scenario import Scenario
 from llmopt.solution import SolveOptions, Termination
 from llmopt.stability import outer_factor
@@ -485,3 +488,14 @@ def test_importing_the_formulations_imports_no_modeller():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_formulation_in_the_readme_runs(tmp_path):
+    text = (Path(formulations.__file__).parent / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) < 40
+    (tmp_path / "spread.py").write_text(code)
+    case = two_by_two()
+    plan = get_policy(f"{tmp_path / 'spread.py'}:policy").plan(case)
+    check_plan(plan, case)
+    assert plan.solve.label == "optimal" and plan.router.fractions == pytest.approx(np.full((2, 2), 0.5))
