@@ -9,7 +9,6 @@ class. All three paths start from the same `RoutingData` and run in turn in one 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable
 from time import perf_counter
@@ -59,7 +58,7 @@ def random_data(size: int, seed: int = 0) -> RoutingData:
 
 
 def raw(data: RoutingData) -> tuple[float, float]:
-    """Optimum and seconds in HiGHS of the same LP written straight into HiGHS: columns x_cj class by class, then theta."""
+    """Optimum and seconds in HiGHS of the same LP as raw arrays: columns x_cj class by class, then theta."""
     import highspy
 
     classes, pools = len(data.classes), len(data.pools)
