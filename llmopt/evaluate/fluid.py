@@ -69,19 +69,18 @@ def evaluate_fluid(scenario: Scenario, plan: Plan, horizon: float | None = None)
     cells = Cells.of(scenario, one_by_one=not isinstance(plan.router, Router))
     tank = _Tank(cells, spread_of(plan, scenario, cells))
     arrivals = arriving(scenario, span)
-    mean = np.tile(arrivals.sum(axis=0) * (SETTLE / STEPS), (STEPS, 1))
-    cells.slowdown.update(np.outer(arrivals.sum(axis=0), np.ones(cells.shape[1])))
-    run, after, late = (
-        tank.fill(a, t / len(a)) for a, t in ((arrivals, span), (mean, span * SETTLE), (mean, span * SETTLE))
-    )
+    rates = arrivals.sum(axis=0) / _covered(scenario, span)
+    cells.slowdown.update(np.outer(rates, np.ones(cells.shape[1])))
+    run = tank.fill(arrivals, span / len(arrivals))
+    after, late = (tank.fill(np.tile(rates * dt, (STEPS, 1)), dt) for dt in [span * SETTLE / STEPS] * 2)
     fractions, lasting = (_split(_by_pool(part.sent, cells)) for part in (run, late))
     waiting = _by_pool(run.waiting, cells)
-    verdict = _fastest(late.times, _by_pool(late.waiting, cells).sum(axis=1), float(arrivals.sum()) / span)
+    verdict = _fastest(late.times, _by_pool(late.waiting, cells).sum(axis=1), float(rates.sum()))
     return FluidRun(
         times=run.times,
         backlog=waiting.sum(axis=1),
         by_class=waiting.sum(axis=2),
-        load=_loads(scenario, lasting, arrivals.sum(axis=0) / span),
+        load=_loads(scenario, lasting, rates),
         fractions=fractions,
         growth=verdict,
         drain_time=_drained(after, late) if verdict.stable else float("inf"),
@@ -104,6 +103,12 @@ def arriving(scenario: Scenario, horizon: float) -> Floats:
     n = int(np.clip(2 * horizon / np.diff(ends).min(), STEPS, MOST_STEPS))
     clock = np.concatenate([[0.0], np.cumsum(factors * np.diff(ends))])
     return np.outer(np.diff(np.interp(np.linspace(0, horizon, n + 1), ends, clock)), work.rates)
+
+
+def _covered(scenario: Scenario, horizon: float) -> float:
+    """Seconds up to `horizon` in which requests arrive: a trace may end earlier."""
+    work = scenario.workload
+    return min(horizon, len(work.replay) / work.total_rate) if work.replay is not None else horizon
 
 
 @dataclass(frozen=True)
