@@ -121,9 +121,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     options = parser.parse_args()
     seconds = measure(options.size, options.runs)
-    middle = {
-        name: [statistics.median(column) for column in zip(*times, strict=True)] for name, times in seconds.items()
-    }
+    middle = {name: np.median(times, axis=0) for name, times in seconds.items()}
     print(f"routing LP, {options.size} classes x {options.size} pools, median of {options.runs} runs")
     for name, (total, inside) in middle.items():
         ratio = f"{total / middle['raw'][0]:5.2f} x raw   (at most {LIMITS[name]:g})"
