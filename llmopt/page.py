@@ -11,7 +11,7 @@ from llmopt.evaluate.comparison import Comparison, Outcome
 from llmopt.evaluate.report import Estimate
 from llmopt.output import to_json, write
 from llmopt.plot import VERDICT_COLOURS, comparison_pictures
-from llmopt.text import headline, number
+from llmopt.text import headline, margin_text, number
 
 CAPTIONS = {
     "backlog": "Requests waiting over time. Filled: simulated, mean over seeds. Dashed: fluid model.",
@@ -44,8 +44,8 @@ figure { margin: 2em 0; } figure svg { max-width: 100%; height: auto; }
 $rows
 </tbody></table></div>
 <p class="meta">Means over seeds with the half-width of their $confidence intervals. Margin: the factor by which all
-arrivals could grow under the split of the policy, by the step-mean estimate. * depends on how long was simulated,
-because the backlog grows.</p>
+arrivals could grow, by the step-mean estimate of a split, or (~) by a search in the simulator for a rule that decides
+by state. * depends on how long was simulated, because the backlog grows.</p>
 $notes
 $figures
 <p class="meta">llmopt $version. The same numbers, and more, are in results.json and results.csv beside this file.</p>
@@ -99,7 +99,7 @@ def _row(comparison: Comparison, outcome: Outcome) -> str:
     estimates = outcome.estimates(comparison.scenario.evaluation.confidence)
     mark = "" if outcome.verdict == "stable" else "*"
     cells = [escape(outcome.policy), _verdict(outcome.fluid_verdict), _verdict(outcome.verdict)]
-    cells += [number(outcome.margin)]
+    cells += [margin_text(outcome)]
     for key, (_, _, scale) in COLUMNS.items():
         starred = mark if key.startswith(("ttft", "tpot", "slo")) else ""
         cells.append(_estimate(estimates[key], scale) + starred if key in estimates else "–")

@@ -85,7 +85,7 @@ def _comparison_row(comparison: Comparison, outcome: Outcome) -> list[Renderable
     mean = {key: value.mean for key, value in outcome.estimates(comparison.scenario.evaluation.confidence).items()}
     mark = "" if outcome.verdict == "stable" else "*"
     middle: list[RenderableType] = [
-        number(outcome.margin),
+        margin_text(outcome),
         f"{number(mean['ttft_p50'])} / {number(mean['ttft_p99'])}{mark}",
         f"{number(1e3 * mean['tpot_p50'])} / {number(1e3 * mean['tpot_p99'])}{mark}",
         f"{mean['slo']:.1%}{mark}",
@@ -95,8 +95,15 @@ def _comparison_row(comparison: Comparison, outcome: Outcome) -> list[Renderable
     return [*head, *middle, *end]
 
 
+def margin_text(outcome: Outcome) -> str:
+    """The margin; a searched one is known to 2 % and marked."""
+    return f"~{number(outcome.margin)}" if outcome.searched else number(outcome.margin)
+
+
 def _comparison_notes(comparison: Comparison) -> Iterator[RenderableType]:
-    yield Text("margin: factor by which all arrivals could grow under the policy's split (estimate)", style="dim")
+    yield Text(
+        "margin: factor by which all arrivals could grow; by theory, or ~ by search in the simulator", style="dim"
+    )
     if any(o.simulated and o.verdict != "stable" for o in comparison.outcomes):
         yield Text("* the backlog grows, so this number depends on how long was simulated", style="dim")
     for note in dict.fromkeys(note for outcome in comparison.outcomes for note in outcome.notes):

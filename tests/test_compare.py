@@ -14,6 +14,7 @@ import pytest
 from llmopt.errors import Infeasible, PolicyError
 from llmopt.evaluate.compare import compare
 from llmopt.evaluate.comparison import Comparison
+from llmopt.evaluate.margin import LARGEST, RESOLUTION, search
 from llmopt.page import html_report, write_report
 from llmopt.plan import Incoming, Plan, ReplicaState, Router, index_router, split_router
 from llmopt.plot import comparison_pictures
@@ -92,15 +93,14 @@ def test_an_md1_queue_waits_as_pollaczek_and_khinchine_say():
     queue = result.estimates(0.95)["queue_mean"]
     assert queue.mean == pytest.approx(0.7 * SERVICE / (2 * 0.3), rel=0.06)
     assert result.estimates(0.95)["ttft_mean"].mean == pytest.approx(queue.mean + SERVICE)
-    assert result.margin == pytest.approx(1 / 0.7, rel=0.02)
-    assert result.outer == pytest.approx(1 / 0.7, rel=1e-9)
+    assert result.searched and result.margin == pytest.approx(1 / 0.7, rel=0.05)
     assert (result.fluid_verdict, result.verdict) == ("stable", "stable")
 
 
 def test_an_overloaded_server_is_unstable_for_both_evaluators_and_delivers_its_capacity():
     result = compare(server(1.2), [Turns()])["turns"]
     assert (result.fluid_verdict, result.verdict) == ("unstable", "unstable")
-    assert result.margin == pytest.approx(1 / 1.2, rel=0.02)
+    assert result.margin == pytest.approx(1 / 1.2, rel=0.05)
     assert result.estimates(0.95)["throughput"].mean == pytest.approx(1 / SERVICE, rel=0.01)
     assert result.simulated is not None
     assert result.simulated.growth.relative == pytest.approx(1 - 1 / 1.2, rel=0.1)
@@ -114,8 +114,27 @@ def test_one_overloaded_pool_makes_a_policy_unstable_however_idle_the_other_is()
     skewed = outcomes["skewed"]
     assert skewed.load is not None
     assert skewed.load.tolist() == pytest.approx([1.26, 0.14], rel=0.03)
+    assert not skewed.searched and skewed.outer == pytest.approx(1 / 1.26, rel=1e-9)
+    assert skewed.margin == pytest.approx(1 / 1.26, rel=0.03)
     assert skewed.simulated is not None
     assert skewed.simulated.fractions[0, 0] == pytest.approx(0.9, abs=0.01)
+
+
+@pytest.mark.parametrize("critical", [0.004, 0.3, 0.99, 1.0, 1.7, 40.0, 5000.0])
+@pytest.mark.parametrize("guess", [0.5, 1.0, 3.0, math.inf])
+def test_the_search_finds_the_critical_factor_within_its_resolution(critical: float, guess: float):
+    asked: list[float] = []
+
+    def holds(factor: float) -> bool:
+        asked.append(factor)
+        return factor <= critical
+
+    found = search(holds, at_one=critical >= 1.0, guess=guess)
+    if critical <= LARGEST:
+        assert found <= critical <= found * RESOLUTION * (1 + 1e-12)
+    else:
+        assert found >= LARGEST
+    assert len(asked) < 50
 
 
 def test_policies_see_the_same_arrivals_and_the_same_luck():

@@ -13,7 +13,7 @@ from llmopt.capacity import replica_capacity
 from llmopt.errors import Infeasible, LLMOptError, PolicyError
 from llmopt.evaluate.comparison import QUANTILES, Comparison, Outcome, Simulated
 from llmopt.evaluate.fluid import evaluate_fluid
-from llmopt.evaluate.growth import Growth, growth, pooled
+from llmopt.evaluate.margin import backlog_growth, simulated_margin
 from llmopt.evaluate.report import in_window, measure, realised_split, waiting
 from llmopt.evaluate.run import SimRun
 from llmopt.evaluate.simulate import simulate
@@ -128,20 +128,19 @@ class _Game:
         return replace(outcome, simulated=summarise_runs(self.scenario, tuple(self.arrivals), runs))
 
     def judge(self, policy: Policy, outcome: Outcome) -> Outcome:
-        """Loads and margin under the split that the policy decided or that came about."""
-        assert outcome.plan is not None and outcome.simulated is not None
-        router = outcome.plan.router
-        decided = router.fractions if isinstance(router, Router) else None
-        fractions = outcome.simulated.fractions if decided is None else decided
+        """Loads under the split that the policy decided or that came about; the margin by theory or by search."""
+        plan, simulated = outcome.plan, outcome.simulated
+        assert plan is not None and simulated is not None
+        decided = plan.router.fractions if isinstance(plan.router, Router) else None
+        fractions = simulated.fractions if decided is None else decided
         load, notes = split_load(self.scenario, fractions)
-        return replace(
-            outcome,
-            fractions=fractions,
-            load=load,
-            margin=1.0 / float(load.max()) if load.max() > 0 else float("inf"),
-            outer=outer_factor(self.scenario, fractions),
-            notes=notes,
-        )
+        margin = 1.0 / float(load.max()) if load.max() > 0 else float("inf")
+        outcome = replace(outcome, fractions=fractions, load=load, notes=notes)
+        if decided is not None:
+            return replace(outcome, margin=margin, outer=outer_factor(self.scenario, fractions))
+        self.tell(f"{policy.name}: search for the margin", 0)
+        found = simulated_margin(self.scenario, plan, self.arrivals, simulated.growth.stable, margin)
+        return replace(outcome, margin=found, searched=True)
 
     @contextmanager
     def timed(self, key: str) -> Iterator[None]:
@@ -172,18 +171,6 @@ def summarise_runs(scenario: Scenario, seeds: Sequence[int], runs: Sequence[SimR
         tpot=_quantiles([run.tpot[m] for run, m in zip(runs, measured, strict=True)]),
         fractions=realised_split(scenario, runs),
     )
-
-
-def backlog_growth(scenario: Scenario, runs: Sequence[SimRun]) -> Growth:
-    """Growth, after the warm-up and over all runs, of the backlog of the pool that grows fastest.
-
-    One pool that cannot keep up makes a policy unstable, however idle the others are.
-    """
-    times = np.linspace(scenario.evaluation.warmup, scenario.evaluation.horizon, POINTS)
-    rate = scenario.workload.total_rate
-    backlogs = [waiting(scenario, run, times) for run in runs]
-    pools = [pooled([growth(times, b[:, j], rate) for b in backlogs]) for j in range(len(scenario.pools))]
-    return max(pools, key=lambda g: (not g.stable, g.relative))
 
 
 def split_load(scenario: Scenario, fractions: Floats) -> tuple[Floats, tuple[str, ...]]:

@@ -55,9 +55,10 @@ class Outcome:
 
     status: "ok", or why the policy has no (complete) result; fractions (n_classes, n_pools): the split the policy
     decided or, where it decides by state, the split that came about; load (n_pools,): estimated load of each pool under
-    it; margin: the factor by which all arrivals could grow under it (below 1: they are too many already); outer: the
-    same by the outer bound, which no policy can exceed; notes: what the estimate does not cover. The seconds are
-    wall-clock: planning, of that solving, the fluid model, simulating all seeds.
+    it; margin: the factor by which all arrivals could grow (below 1: they are too many already), for a decided split
+    by the step-mean estimate, for a rule that decides by state by a search with the simulator (`searched`); outer: the
+    same by the outer bound, for a decided split; notes: what the estimate does not cover. The seconds are wall-clock:
+    planning, of that building and solving, the fluid model, simulating all seeds.
     """
 
     policy: str
@@ -68,6 +69,7 @@ class Outcome:
     fractions: Floats | None = None
     load: Floats | None = None
     margin: float = float("nan")
+    searched: bool = False
     outer: float = float("nan")
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
@@ -196,7 +198,12 @@ class Comparison:
     def _record(self, outcome: Outcome) -> dict[str, Any]:
         row: dict[str, Any] = {"policy": outcome.policy, "status": outcome.status}
         row |= {"fluid": outcome.fluid_verdict, "simulated": outcome.verdict}
-        row |= {"margin": outcome.margin, "outer_margin": outcome.outer, "gap": outcome.gap}
+        row |= {
+            "margin": outcome.margin,
+            "searched": outcome.searched,
+            "outer_margin": outcome.outer,
+            "gap": outcome.gap,
+        }
         for name, value in outcome.estimates(self.scenario.evaluation.confidence).items():
             row |= {name: value.mean, f"{name}_half": value.half}
         for j, pool in enumerate(self.scenario.pools):
@@ -210,6 +217,7 @@ class Comparison:
             "policy": outcome.policy,
             "status": outcome.status,
             "margin": outcome.margin,
+            "searched": outcome.searched,
             "outer_margin": outcome.outer,
             "fractions": outcome.fractions,
             "load": outcome.load,

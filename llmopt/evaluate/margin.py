@@ -1,0 +1,82 @@
+"""How much all arrivals could grow: measured for rules that decide by state, which have no fixed split to assess.
+
+A state-dependent rule fills its slowest pool to the brim long before the system is unstable, so that the load under
+the split that came about says nothing about what the rule could carry. Here the arrivals are squeezed in time instead,
+until the simulated backlog grows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from llmopt.evaluate.growth import Growth, growth, pooled
+from llmopt.evaluate.report import waiting
+from llmopt.evaluate.run import SimRun
+from llmopt.evaluate.simulate import simulate
+from llmopt.plan import Plan
+from llmopt.scenario import Scenario
+from llmopt.workload import Requests
+
+POINTS = 401
+"""Instants at which a backlog is looked at."""
+RESOLUTION = 1.02
+"""Ratio of an unstable factor to a stable one at which the search ends; a finite run tells no finer."""
+STRIDE = 1.25
+LARGEST = 1e3
+ENOUGH = 100_000
+"""Requests over all seeds beyond which the search uses the first seed only."""
+
+
+def backlog_growth(scenario: Scenario, runs: Sequence[SimRun], factor: float = 1.0) -> Growth:
+    """Growth, after the warm-up and over all runs, of the backlog of the pool that grows fastest.
+
+    One pool that cannot keep up makes a policy unstable, however idle the others are. `factor` says by how much the
+    arrivals of `runs` were squeezed.
+    """
+    evaluation = scenario.evaluation
+    times = np.linspace(evaluation.warmup / factor, evaluation.horizon / factor, POINTS)
+    rate = scenario.workload.total_rate * factor
+    backlogs = [waiting(scenario, run, times) for run in runs]
+    pools = [pooled([growth(times, b[:, j], rate) for b in backlogs]) for j in range(len(scenario.pools))]
+    return max(pools, key=lambda g: (not g.stable, g.relative))
+
+
+def simulated_margin(
+    scenario: Scenario, plan: Plan, arrivals: Mapping[int, Requests], stable: bool, guess: float
+) -> float:
+    """Largest factor on all arrivals at which the simulated backlog does not grow, within 2 %.
+
+    Parameters
+    ----------
+    arrivals
+        Requests by seed; squeezed in time they keep their order and lengths, so that only the rate changes.
+    stable
+        The verdict at factor 1.
+    guess
+        Where to look first.
+    """
+    enough = sum(len(requests) for requests in arrivals.values()) > ENOUGH
+    played = dict(list(arrivals.items())[:1]) if enough else dict(arrivals)
+
+    def holds(factor: float) -> bool:
+        runs = [
+            simulate(scenario, plan, seed, requests=replace(requests, arrival=requests.arrival / factor))
+            for seed, requests in played.items()
+        ]
+        return backlog_growth(scenario, runs, factor).stable
+
+    return search(holds, stable, guess)
+
+
+def search(holds: Callable[[float], bool], at_one: bool, guess: float) -> float:
+    """Largest factor that holds, by strides from 1 or from `guess` and bisection."""
+    low, high = (1.0, np.inf) if at_one else (0.0, 1.0)
+    probe = guess if low < guess < high else 0.0
+    while high / max(low, 1e-12) > RESOLUTION and high > 1 / LARGEST and low < LARGEST:
+        if not probe:
+            probe = low * STRIDE if high == np.inf else high / STRIDE if low == 0.0 else float(np.sqrt(low * high))
+        low, high, probe = (probe, high, 0.0) if holds(probe) else (low, probe, 0.0)
+    return low
