@@ -22,14 +22,17 @@ def pool(name: str = "only", replicas: int = 1, **settings: Any) -> dict[str, An
 def request_class(name: str = "chat", prompt: int = 100, output: int = 101, **settings: Any) -> dict[str, Any]:
     """Constant lengths: with the defaults 101 steps, one of them prefill."""
     constant = ({"law": "constant", "value": n} for n in (prompt, output))
-    return {"name": name, "share": 1.0, **dict(zip(("prompt", "output"), constant, strict=True)), **settings}
+    share = {} if "rate" in settings else {"share": 1.0}
+    return {"name": name, **share, **dict(zip(("prompt", "output"), constant, strict=True)), **settings}
 
 
 def scenario(pools: list[dict[str, Any]], classes: list[dict[str, Any]] | None = None, **settings: Any) -> Scenario:
     """A scenario of these parts; `rate`, `arrivals`, `horizon` and `seeds` go where they belong."""
-    workload = {"rate": settings.pop("rate", 10.0), "arrivals": settings.pop("arrivals", {"law": "poisson"})}
+    workload: dict[str, Any] = {"arrivals": settings.pop("arrivals", {"law": "poisson"})}
     evaluation = {key: settings.pop(key) for key in ("horizon", "warmup", "seeds") if key in settings}
     workload["classes"] = classes or [request_class()]
+    if "share" in workload["classes"][0]:
+        workload["rate"] = settings.pop("rate", 10.0)
     return Scenario.model_validate(
         {"name": "t", "workload": workload, "pools": pools, "evaluation": evaluation, **settings}
     )
