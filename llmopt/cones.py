@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from llmopt.bridge import model_duals, row_names
+from llmopt.bridge_cvxpy import model_duals, row_names
 from llmopt.errors import Infeasible, SolveError
 from llmopt.solution import Solve, SolveOptions, Termination
 

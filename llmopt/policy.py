@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Protocol, runtime_checkable
 
+from llmopt.errors import Infeasible, SolveError
 from llmopt.plan import Plan
 from llmopt.scenario import Scenario
 from llmopt.solution import DEFAULT_OPTIONS, Solve, SolveOptions
@@ -83,17 +84,29 @@ class Optimized:
         start = perf_counter()
         model = self.formulation.build(scenario)
         record = solve(model, self.options)
-        while (
-            record.rounds < self.rounds
-            and record.solve_seconds < self.options.time_limit
-            and self._cut(model, scenario)
-        ):
-            rest = self.options.time_limit - record.solve_seconds
-            again = solve(model, self.options.model_copy(update={"time_limit": rest}))
-            record = replace(again, solve_seconds=record.solve_seconds + again.solve_seconds, rounds=record.rounds + 1)
+        while record.rounds < self.rounds and self._cut(model, scenario):
+            again = self._again(model, record)
+            if again is None:
+                break
+            record = again
         record = replace(record, build_seconds=perf_counter() - start - record.solve_seconds)
         plan = self.formulation.extract(model, record, scenario)
         return plan if plan.solve else replace(plan, solve=record)
 
     def _cut(self, model: Any, scenario: Scenario) -> int:
         return self.formulation.tighten(model, scenario) if isinstance(self.formulation, Tightening) else 0
+
+    def _again(self, model: Any, record: Solve) -> Solve | None:
+        """Solve in the time that is left; None if it does not suffice, when the last solution is still loaded."""
+        from llmopt.solve import solve
+
+        rest = self.options.time_limit - record.solve_seconds
+        if rest <= 0:
+            return None
+        try:
+            again = solve(model, self.options.model_copy(update={"time_limit": rest}))
+        except Infeasible:
+            raise
+        except SolveError:
+            return None
+        return replace(again, solve_seconds=record.solve_seconds + again.solve_seconds, rounds=record.rounds + 1)

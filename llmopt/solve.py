@@ -19,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from llmopt.bridge import Bridge, CvxpyBridge, Program, PyomoBridge
+from llmopt.bridge import Bridge, Program
+from llmopt.bridge_cvxpy import CvxpyBridge
+from llmopt.bridge_pyomo import PyomoBridge
 from llmopt.errors import Infeasible, SolveError
 from llmopt.lengths import Floats
 from llmopt.solution import DEFAULT_OPTIONS, Solve, SolveOptions, Termination

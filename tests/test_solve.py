@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from llmopt.errors import Infeasible, SolveError
+from llmopt.plan import Plan
+from llmopt.policy import Optimized
 from llmopt.solution import Solve, SolveOptions, Termination
 from llmopt.solve import solve
 
@@ -426,3 +429,53 @@ def test_pyomos_own_interface_agrees():
     solve(ours)
     pyo.SolverFactory("appsi_highs").solve(theirs)
     assert theirs.x.value == pytest.approx(ours.x.value) and theirs.y.value == pytest.approx(ours.y.value)
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """max x <= 10; each round cuts one more off, `last` is the cut of round 3."""
+
+    last: object = None
+    name: str = "ladder"
+
+    def build(self, scenario):
+        import pyomo.environ as pyo
+
+        m = pyo.ConcreteModel("ladder")
+        m.x = pyo.Var(bounds=(0, 10))
+        m.value = pyo.Objective(expr=m.x, sense=pyo.maximize)
+        m.cuts = pyo.ConstraintList(doc="a rung")
+        m.cuts.add(m.x <= 10)
+        return m
+
+    def tighten(self, model, scenario):
+        if len(model.cuts) == 3 and self.last:
+            self.last(model)
+        else:
+            model.cuts.add(model.x <= model.x.value - 1)
+        return 1
+
+    def extract(self, model, solve, scenario):
+        return Plan(self.name, lambda request, replicas: 0, figures={"x": model.x.value})
+
+
+def test_tightening_stops_after_the_rounds_allowed():
+    plan = Optimized(Ladder(), rounds=4).plan(None)
+    assert plan.solve.rounds == 4 and plan.figures["x"] == plan.solve.objective == pytest.approx(7)
+    assert Optimized(Ladder(), rounds=1).plan(None).solve.objective == pytest.approx(10)
+
+
+def test_a_cut_that_leaves_nothing_is_infeasible():
+    with pytest.raises(Infeasible, match=r"ladder: cuts\[\d\] \(a rung\)"):
+        Optimized(Ladder(last=lambda m: m.cuts.add(m.x >= 11))).plan(None)
+
+
+def test_a_round_that_cannot_be_solved_keeps_the_last_solution():
+    """The third round makes the program unbounded, which stands for any failure to solve."""
+
+    def open_up(m):
+        m.cuts.deactivate()
+        m.x.setub(None)
+
+    plan = Optimized(Ladder(last=open_up)).plan(None)
+    assert plan.solve.rounds == 3 and plan.figures["x"] == plan.solve.objective == pytest.approx(8)
