@@ -17,7 +17,7 @@ class Skipped(NamedTuple):
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prefixes:
     """Hashes of the prompts' KV blocks; equal leading hashes mean a shared prefix.
 
@@ -40,7 +40,7 @@ class Prefixes:
         return Prefixes(self.ids[index], start, self.block)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trace:
     """Requests of a trace file in order of arrival; every array has shape (n_requests,).
 

@@ -17,7 +17,7 @@ from llmopt.model import InputModel, Name
 Function = Callable[[Floats], Floats]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pairs:
     """Joint prompt and output lengths with equal weights, taken from a trace; arrays of shape (n,)."""
 
@@ -25,7 +25,7 @@ class Pairs:
     output: Ints
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Requests:
     """Sampled requests in order of arrival; every array has shape (n_requests,).
 
