@@ -92,7 +92,6 @@ def finish_due(world: World, rep: Any) -> None:
         world.classes[rep.classes + (req.offset + rep.slots) % rep.block] -= 1
         rep.gliding -= 1
         rep.kv -= computed
-        rep.tokens -= computed
         rep.used -= held_by(rep, req, computed)
         leave_batch(world, rep, i)
         i = req.link_next
@@ -115,11 +114,12 @@ def glide(world: World, rep: Any, until: float) -> int:
     """
     if rep.single_head != NONE or rep.gliding == 0 or rep.gliding > rep.budget:
         return 0
-    most = next_due(world, rep, rep.steps) - rep.steps
+    due = next_due(world, rep, rep.steps)
+    most = due - rep.steps
     if rep.waiting > 0:
         most = min(most, rep.retry - rep.steps)
-    if most <= 0:
-        return 0
+        if most <= 0:
+            return 0
     steps, seconds, held_time = coast(world.pieces, rep, most, until)
     if rep.mode != RESERVE:
         room = growth(world, rep, steps)
@@ -127,8 +127,9 @@ def glide(world: World, rep: Any, until: float) -> int:
             return 0
         if room < steps:
             steps, seconds, held_time = coast(world.pieces, rep, room, np.inf)
-    tokens = steps * rep.gliding
-    rep.held += steps * rep.tokens + rep.gliding * (steps * (steps + 1) // 2)
+    gliding = rep.gliding
+    tokens = steps * gliding
+    rep.held += steps * rep.kv + gliding * (steps * (steps + 1) // 2)
     rep.held_time += held_time
     rep.busy += seconds
     rep.clock += seconds
@@ -136,10 +137,11 @@ def glide(world: World, rep: Any, until: float) -> int:
     rep.decode_tokens += tokens
     rep.outstanding -= tokens
     rep.kv += tokens
-    rep.tokens += tokens
-    rep.peak = max(rep.peak, rep.tokens)
-    show(rep, rep.outstanding + rep.gliding)
-    finish_due(world, rep)
+    if rep.kv > rep.peak:
+        rep.peak = rep.kv
+    show(rep, rep.outstanding + gliding)
+    if rep.steps == due:
+        finish_due(world, rep)
     return steps
 
 
@@ -147,21 +149,19 @@ def glide(world: World, rep: Any, until: float) -> int:
 def growth(world: World, rep: Any, steps: int) -> int:
     """Allocate the blocks of up to `steps` decode steps; returns for how many steps they suffice."""
     free = rep.blocks - rep.used
-    if rep.block == 1:
-        made = min(steps, free // rep.gliding)
-        rep.used += made * rep.gliding
-        return made
-    turns = min(steps // rep.block, free // rep.gliding)
-    made = turns * rep.block
+    block = rep.block
+    turns = min(steps // block, free // rep.gliding)
     free -= turns * rep.gliding
-    k = -(rep.steps + made) % rep.block
+    made = turns * block
+    first = rep.classes
+    k = first + -(rep.steps + made) % block
     while made < steps:
-        more = world.classes[rep.classes + k]
+        more = world.classes[k]
         if more > free:
             break
         free -= more
         made += 1
-        k = k - 1 if k > 0 else rep.block - 1
+        k = k - 1 if k > first else first + block - 1
     rep.used = rep.blocks - free
     return made
 
@@ -173,21 +173,24 @@ def coast(pieces: Floats, rep: Any, most: int, until: float) -> tuple[int, float
     With D gliding requests that read K tokens, step j takes max_i (a_i + d_i D + k_i (K + j D)): piece by piece of
     this upper envelope the sums are closed forms. Returns steps, seconds, and token-seconds of KV memory in use.
     """
+    gliding = rep.gliding
     made = 0
     seconds = 0.0
     held_time = 0.0
     while made < most:
-        base, slope, length = steepest(pieces, rep, made, most - made)
+        kv = float(rep.kv + made * gliding)
+        base, slope, length = steepest(pieces, rep, kv, most - made)
+        start = rep.clock + seconds
         span = stretch(base, slope, length)
-        if rep.clock + seconds + span >= until:
-            length = steps_until(base, slope, length, rep.clock + seconds, until)
+        if start + span >= until:
+            length = steps_until(base, slope, length, start, until)
             span = stretch(base, slope, length)
             most = made + length
+        # step j uses kv + (j + 1) D tokens for base + j slope seconds
         first = length * (length - 1.0) / 2.0
         second = first * (2.0 * length - 1.0) / 3.0
-        use = float(rep.tokens + (made + 1) * rep.gliding)
         seconds += span
-        held_time += length * use * base + (use * slope + rep.gliding * base) * first + rep.gliding * slope * second
+        held_time += (kv + gliding) * span + gliding * (first * base + second * slope)
         made += length
     return made, seconds, held_time
 
@@ -199,22 +202,25 @@ def stretch(base: float, slope: float, steps: int) -> float:
 
 
 @inlined
-def steepest(pieces: Floats, rep: Any, made: int, most: int) -> tuple[float, float, int]:
-    """The longest piece after `made` more steps: its step time now, its slope, and for how many steps it stays so."""
-    kv = float(rep.kv + made * rep.gliding)
+def steepest(pieces: Floats, rep: Any, kv: float, most: int) -> tuple[float, float, int]:
+    """The longest piece when `kv` tokens are read: its step time, its slope, and for how many steps it stays so."""
+    gliding = rep.gliding
     base = -1.0
     slope = 0.0
     for k in range(rep.piece, rep.piece + rep.pieces):
-        value = pieces[k][0] + pieces[k][2] * rep.gliding + pieces[k][3] * kv
-        rise = pieces[k][3] * rep.gliding
-        if value > base or (value == base and rise > slope):
+        p = pieces[k]
+        value = p[0] + p[2] * gliding + p[3] * kv
+        if value > base or (value == base and p[3] * gliding > slope):
             base = value
-            slope = rise
+            slope = p[3] * gliding
+    if rep.pieces == 1:
+        return base, slope, most
     length = most
     for k in range(rep.piece, rep.piece + rep.pieces):
-        rise = pieces[k][3] * rep.gliding - slope
+        p = pieces[k]
+        rise = p[3] * gliding - slope
         if rise > 0.0:
-            gap = base - pieces[k][0] - pieces[k][2] * rep.gliding - pieces[k][3] * kv
+            gap = base - p[0] - p[2] * gliding - p[3] * kv
             if gap < rise * length:
                 length = max(1, math.ceil(gap / rise))
     return base, slope, length

@@ -96,9 +96,10 @@ def route(world: World, time: float, cls: int, u: float, routing: Routing) -> in
     if len(routing.drawn) > 0:
         draw(members, u, routing.drawn)
         members = routing.drawn
-    if routing.dependent:
-        for r in members:
-            advance(world, r, time)
+    if not routing.dependent:
+        return least_recent(members, routing.last)
+    for r in members:
+        advance(world, r, time)
     return smallest(world.reps, members, routing.weights, routing.last, time)
 
 
@@ -139,6 +140,16 @@ def draw(members: Ints, u: float, drawn: Ints) -> None:
         k = min(int(u * len(members)), len(members) - 1)
         u = u * len(members) - k
         drawn[d] = members[k]
+
+
+@compiled
+def least_recent(members: Ints, last: Ints) -> int:
+    """The member chosen least recently, the first of them if several never were."""
+    best = members[0]
+    for r in members[1:]:
+        if last[r] < last[best] or (last[r] == last[best] and r < best):
+            best = r
+    return best
 
 
 @compiled

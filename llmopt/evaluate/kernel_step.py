@@ -125,9 +125,9 @@ def preempt(world: World, rep: Any, i: int) -> None:
     else:
         rep.need -= blocks_of(rep, req.computed + req.taken) - blocks_of(rep, req.computed)
         leave_singles(world, rep, i)
+        rep.single_kv -= req.computed
     leave_batch(world, rep, i)
     rep.used -= blocks_of(rep, req.computed)
-    rep.tokens -= req.computed
     requeue(world, rep, i)
     rep.retry = 0
     req.preemptions += 1
@@ -170,11 +170,11 @@ def admit(world: World, rep: Any, left: int) -> None:
         join_batch(world, rep)
         left -= req.taken
         rep.used += held_by(rep, req, req.computed + req.taken)
-        rep.tokens += req.computed
         if math.isnan(req.scheduled):
             req.scheduled = rep.clock
         if req.prefilling or math.isnan(req.first_token):
             join_singles(world, rep, i)
+            rep.single_kv += req.computed
         else:
             start_gliding(world, rep, i)
 
@@ -230,12 +230,14 @@ def complete(world: World, rep: Any, seconds: float) -> None:
     rep.busy += seconds
     rep.prefill_tokens += rep.prefill
     rep.decode_tokens += rep.decode
-    rep.outstanding -= rep.prefill + rep.decode
+    tokens = rep.prefill + rep.decode
+    use = rep.kv + rep.single_kv + tokens
+    rep.outstanding -= tokens
+    rep.held += use
+    rep.held_time += use * seconds
+    rep.peak = max(rep.peak, use)
+    rep.single_kv += tokens - (rep.gliding - rep.starved)
     rep.kv += rep.gliding - rep.starved
-    rep.tokens += rep.prefill + rep.decode
-    rep.held += rep.tokens
-    rep.held_time += rep.tokens * seconds
-    rep.peak = max(rep.peak, rep.tokens)
     i = rep.single_head
     while i != NONE:
         after = world.reqs[i].link_next
@@ -267,11 +269,11 @@ def step_single(world: World, rep: Any, i: int) -> None:
     if math.isnan(req.first_token):
         req.first_token = rep.clock
     leave_singles(world, rep, i)
+    rep.single_kv -= req.computed
     if req.emitted < req.output:
         start_gliding(world, rep, i)
         return
     req.finish = rep.clock
-    rep.tokens -= req.computed
     rep.used -= held_by(rep, req, req.computed)
     if rep.retry == NEVER:
         rep.retry = 0

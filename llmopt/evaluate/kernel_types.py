@@ -62,8 +62,8 @@ REPLICA = np.dtype(
         *((name, "i8") for name in ("waiting", "running", "gliding")),
         *((name, "i8") for name in ("queue_head", "queue_tail", "batch_head", "batch_tail")),
         *((name, "i8") for name in ("single_head", "single_tail")),
-        # blocks held; outstanding tokens; computed tokens of the batch and of its gliding part
-        *((name, "i8") for name in ("used", "outstanding", "tokens", "kv")),
+        # blocks held; outstanding tokens; computed tokens of the gliding requests and of the singles
+        *((name, "i8") for name in ("used", "outstanding", "kv", "single_kv")),
         # what a router sees before the clock, while the last step is under way
         *((name, "i8") for name in ("seen_waiting", "seen_running", "seen_used", "seen_outstanding")),
         # step count before which the head of the queue cannot be admitted

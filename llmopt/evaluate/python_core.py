@@ -6,6 +6,7 @@ and can be stepped through in a debugger. Requests and replicas are objects inst
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from types import FunctionType, SimpleNamespace
@@ -80,12 +81,12 @@ class PythonCore:
 
 
 def _objects(table: Table) -> list[Any]:
-    """One object with slots per record."""
-    names = table.dtype.names or ()
-    kind = type("Record", (), {"__slots__": names})
+    """One object per record; a column of equal values becomes an attribute of the class."""
+    columns = {name: table[name].tolist() for name in table.dtype.names or ()}
+    same = {name: values[0] for name, values in columns.items() if values and len(set(values)) == 1}
+    kind = type("Record", (), {**same, **{name: math.nan for name in ("scheduled", "first_token", "finish")}})
     objects = [kind() for _ in range(len(table))]
-    for name in names:
-        for item, value in zip(objects, table[name].tolist(), strict=True):
+    for name in columns.keys() - vars(kind).keys():
+        for item, value in zip(objects, columns[name], strict=True):
             setattr(item, name, value)
     return objects
-
