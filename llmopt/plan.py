@@ -61,8 +61,8 @@ class Router:
        whole requests allow (largest deficit first). Without fractions every pool that `mask` allows is a candidate.
     2. Of the candidate replicas, `choices` are drawn at random with replacement (0: all of them).
     3. The replica with the smallest score wins, where score = sum_f weights[pool, f] * state_f; `weights` has shape
-       (n_pools, n_features) with columns `STATE_FEATURES`. Ties go to the first in cyclic order after the replica
-       chosen last, so that zero weights give round-robin.
+       (n_pools, n_features) with columns `STATE_FEATURES`. Ties go to the replica chosen least
+       recently, so that zero weights give round-robin.
 
     `mask` has shape (n_classes, n_pools).
     """

@@ -73,3 +73,34 @@ class SimRun:
     def end(self) -> float:
         """End of the last step, s."""
         return float(self.finish.max(initial=0.0))
+
+    @property
+    def utilisation(self) -> Floats:
+        """Busy fraction of each replica over the whole run, shape (n_replicas,)."""
+        return self.replicas.busy / max(self.end, 1e-300)
+
+    @property
+    def mean_kv(self) -> Floats:
+        """Time average of the KV tokens in use of each replica over the whole run, shape (n_replicas,)."""
+        return self.replicas.held_time / max(self.end, 1e-300)
+
+    def in_system(self, times: Floats) -> Ints:
+        """Requests arrived and not finished at `times` (s), by pool; shape (n_times, n_pools)."""
+        return self._between(self.finish, times)
+
+    def waiting(self, times: Floats) -> Ints:
+        """Requests arrived and never yet admitted at `times` (s), by pool; shape (n_times, n_pools)."""
+        return self._between(self.scheduled, times)
+
+    def throughput(self, start: float, end: float) -> float:
+        """Requests finished in (start, end] per second."""
+        return float(np.count_nonzero((self.finish > start) & (self.finish <= end)) / (end - start))
+
+    def _between(self, leave: Floats, times: Floats) -> Ints:
+        pool = self.replicas.pool[self.replica]
+        columns = []
+        for j in range(int(self.replicas.pool[-1]) + 1):
+            mine = pool == j
+            arrived = np.searchsorted(self.requests.arrival[mine], times, side="right")
+            columns.append(arrived - np.searchsorted(np.sort(leave[mine]), times, side="right"))
+        return np.column_stack(columns)
