@@ -123,27 +123,25 @@ def _without_blank_rows(data: pd.DataFrame, skipped: list[Skipped], first: int) 
 
 def _json(text: str, path: str | Path) -> Table:
     """JSON lines; else one JSON document: a list of records, or columns in an object."""
-    records: list[Any] = []
-    lines: list[int] = []
-    skipped = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            skipped.append(Skipped(number, "is not valid JSON"))
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-            lines.append(number)
-        else:
-            skipped.append(Skipped(number, "is not a JSON object"))
-    if len(records) < 2 and (whole := _document(text)) is not None:
+    numbered = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line and not line.isspace()]
+    values = _all_at_once([line for _, line in numbered]) or [_document(line) for _, line in numbered]
+    rows = [(number, value) for (number, _), value in zip(numbered, values, strict=True) if isinstance(value, dict)]
+    if len(rows) < 2 and (whole := _document(text)) is not None:
         return _from_document(whole, path)
-    if not records:
+    if not rows:
         raise ScenarioError(f"{path}: has no valid JSON object in it; give one request per line")
-    return Table(_frame(records), np.array(lines), "line", tuple(skipped))
+    skipped = tuple(
+        Skipped(number, "is not valid JSON" if value is None else "is not a JSON object")
+        for (number, _), value in zip(numbered, values, strict=True)
+        if not isinstance(value, dict)
+    )
+    return Table(_frame([value for _, value in rows]), np.array([number for number, _ in rows]), "line", skipped)
+
+
+def _all_at_once(lines: list[str]) -> list[Any] | None:
+    """The values of lines that are all valid, parsed in one call, which takes half the time; else nothing."""
+    values = _document("[" + ",".join(lines) + "]")
+    return values if isinstance(values, list) and len(values) == len(lines) else None
 
 
 def _document(text: str) -> Any:

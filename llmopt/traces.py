@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,10 +140,10 @@ def _prefixes(column: pd.Series[Any], block: int) -> Prefixes:
 
     lists = [_hashes(value) for value in column]
     start = np.concatenate([[0], np.cumsum([len(one) for one in lists], dtype=np.int64)])
-    flat = [h for one in lists for h in one]
+    flat = list(chain.from_iterable(lists))
     try:
-        ids = np.array([int(h) for h in flat], dtype=np.int64)
-    except (ValueError, OverflowError):
+        ids = np.array(flat, dtype=np.int64)
+    except (ValueError, TypeError, OverflowError):
         ids = np.asarray(pd.factorize(np.array(flat, dtype=object))[0], dtype=np.int64)
     return Prefixes(ids, start, block)
 
@@ -151,7 +152,7 @@ def _hashes(value: Any) -> list[Any]:
     """A list of hashes; in CSV they stand in one field, apart by spaces."""
     if isinstance(value, str):
         return value.split()
-    return list(value) if isinstance(value, (list, tuple, np.ndarray)) else []
+    return value if isinstance(value, list) else list(value) if isinstance(value, (tuple, np.ndarray)) else []
 
 
 def write_trace(trace: Trace, path: str | Path) -> Path:

@@ -62,7 +62,7 @@ LAYOUTS = {
         '{"timestamp": 4000, "input_length": 879, "output_length": 55, "hash_ids": [0, 2]}\n'
     ),
     "qwen-bailian": (
-        '{"chat_id": 1, "parent_chat_id": -1, "timestamp": 0.0, "input_length": 374, "output_length": 44, "type": "text"}\n'
+        '{"chat_id": 1, "parent_chat_id": -1, "timestamp": 0.0, "input_length": 374, "output_length": 44}\n'
         '{"chat_id": 2, "timestamp": 1.5, "input_length": 396, "output_length": 109, "turn": 1, "hash_ids": []}\n'
         '{"chat_id": 3, "timestamp": 4.0, "input_length": 879, "output_length": 55, "turn": 1, "hash_ids": [0]}\n'
     ),
