@@ -11,11 +11,10 @@ from llmopt.evaluate.kernel_route import Routing, drain, look, run
 from llmopt.evaluate.kernel_step import advance, arrive
 from llmopt.evaluate.kernel_types import Table, World, build_world, compiled
 from llmopt.evaluate.run import ReplicaTotals, SimRun
-from llmopt.lengths import Ints
+from llmopt.lengths import Floats, Ints
 from llmopt.plan import STATE_FEATURES
 from llmopt.scenario import Pool
 from llmopt.workload import Requests
-
 
 TOTALS = tuple(field.name for field in fields(ReplicaTotals))
 RESULTS = {"replica", "scheduled", "first_token", "finish", "preemptions", *TOTALS}
@@ -74,18 +73,30 @@ def totals_of(reps: Table) -> ReplicaTotals:
     return ReplicaTotals(**{name: reps[name].copy() for name in TOTALS})
 
 
-def play_backlog(pool: Pool, prompt: Ints, output: Ints, stops: Sequence[float]) -> tuple[Table, list[ReplicaTotals]]:
-    """One replica with all requests waiting at time 0: requests at the end, totals at the times `stops`."""
-    zeros = np.zeros(len(prompt))
-    requests = Requests(zeros, prompt, output, zeros.astype(np.int64), zeros)
-    world = build_world([pool.model_copy(update={"replicas": 1})], requests)
-    snapshots = []
-    submit(world)
-    for stop in stops:
-        advance(world, 0, stop)
-        snapshots.append(totals_of(world.reps))
-    advance(world, 0, np.inf)
-    return world.reqs, snapshots
+class Backlog:
+    """One replica that finds all its requests waiting at time 0."""
+
+    def __init__(self, pool: Pool, prompt: Ints, output: Ints) -> None:
+        zeros = np.zeros(len(prompt))
+        requests = Requests(zeros, prompt, output, zeros.astype(np.int64), zeros)
+        self._world = build_world([pool.model_copy(update={"replicas": 1})], requests)
+        submit(self._world)
+
+    def play(self, until: float = np.inf) -> ReplicaTotals:
+        """Make every step that starts before `until` (s); the totals so far, arrays of shape (1,)."""
+        advance(self._world, 0, until)
+        return totals_of(self._world.reps)
+
+    @property
+    def finish(self) -> Floats:
+        """End of each request, s; NaN if it is not finished."""
+        finish: Floats = self._world.reqs["finish"]
+        return finish
+
+    @property
+    def drained(self) -> float:
+        """When the queue was last emptied, s."""
+        return float(self._world.reps["drained"][0])
 
 
 @compiled

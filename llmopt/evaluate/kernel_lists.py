@@ -47,6 +47,8 @@ def join_batch(world: World, rep: Any) -> int:
     req = reqs[i]
     rep.queue_head = req.next
     rep.waiting -= 1
+    if rep.waiting == 0:
+        rep.drained = rep.clock
     req.next = NONE
     req.prev = rep.batch_tail
     if rep.batch_tail == NONE:

@@ -57,8 +57,9 @@ REPLICA = np.dtype(
         *((name, "i8") for name in ("chunk", "budget", "max_batch", "piece", "pieces")),
         # where this replica's part of the flat arrays starts; the ring's size is mask + 1
         *((name, "i8") for name in ("ring", "mask", "bits", "classes")),
-        # end of the last step, which is the start of the next
+        # end of the last step, which is the start of the next; when the queue was last emptied
         ("clock", "f8"),
+        ("drained", "f8"),
         *((name, "i8") for name in ("waiting", "running", "gliding")),
         *((name, "i8") for name in ("queue_head", "queue_tail", "batch_head", "batch_tail")),
         *((name, "i8") for name in ("single_head", "single_tail")),

@@ -58,23 +58,24 @@ def saturated_throughput(pool: Pool, prompt: Ints, output: Ints, warmup: float =
     ScenarioError
         If a request does not fit into the replica, or there are too few requests to fill it.
     """
-    from llmopt.evaluate.kernel import play_backlog
+    from llmopt.evaluate.kernel import Backlog
 
-    for tokens in np.unique(prompt + output)[-1:]:
-        if not pool.fits(int(tokens)):
-            raise ScenarioError(
-                f"pool {pool.name!r}: a request of {tokens} tokens exceeds kv_capacity = {pool.kv_capacity}; raise it"
-            )
-    reqs, _ = play_backlog(pool, prompt, output, ())
-    start = float(np.sort(reqs["finish"])[int(warmup * len(reqs))])
-    end = float(reqs["scheduled"].max())
+    tokens = int((prompt + output).max())
+    if not pool.fits(tokens):
+        raise ScenarioError(
+            f"pool {pool.name!r}: a request of {tokens} tokens exceeds kv_capacity = {pool.kv_capacity}; raise it"
+        )
+    trial = Backlog(pool, prompt, output)
+    trial.play()
+    start, end = float(np.sort(trial.finish)[int(warmup * len(prompt))]), trial.drained
     if not start < end:
         raise ScenarioError(
-            f"pool {pool.name!r}: {len(reqs)} requests do not keep a replica busy beyond warm-up; give more requests"
+            f"pool {pool.name!r}: {len(prompt)} requests do not keep a replica busy beyond warm-up; give more requests"
         )
-    reqs, (first, last) = play_backlog(pool, prompt, output, (start, end))
-    completed = int(((reqs["finish"] > start) & (reqs["finish"] <= end)).sum())
-    return Saturation(completed / (end - start), start, end, completed, _difference(first, last))
+    window = Backlog(pool, prompt, output)
+    totals = _difference(window.play(start), window.play(end))
+    completed = int(((trial.finish > start) & (trial.finish <= end)).sum())
+    return Saturation(completed / (end - start), start, end, completed, totals)
 
 
 def _difference(first: ReplicaTotals, last: ReplicaTotals) -> ReplicaTotals:
