@@ -1,0 +1,144 @@
+"""The bundled scenarios and the catalog: complete, sourced, and true to the traces that they quote."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import llmopt.catalog
+from llmopt.catalog import catalog_entry, catalog_names
+from llmopt.errors import ScenarioError
+from llmopt.reading import bundled_scenarios
+from llmopt.scenario import Pool, load_scenario
+from llmopt.traces import Trace, read_trace, trace_summary
+
+NAMES = ("azure-code", "azure-conv", "bursty-day", "nie-1to1", "nie-1to2", "nie-2to1", "quickstart")
+
+
+def test_the_promised_scenarios_are_there() -> None:
+    assert set(NAMES) <= set(bundled_scenarios())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_scenario_loads_and_asks_one_question(name: str) -> None:
+    scenario = load_scenario(name)
+    text = bundled_scenarios()[name].read_text()
+    assert scenario.name == name
+    assert scenario.question.endswith("?")
+    assert re.match(r"# .*\?\n", text), "the first comment asks the question"
+    assert len(scenario.workload.sample(scenario.evaluation.horizon, 1)) > 5000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_number_in_a_scenario_has_a_unit(name: str) -> None:
+    """A comment on the line, or, for a table or a list, on the line that opens it or closes it."""
+    plain = ("name", "problem", "question", "law", "probs", "values", "seeds", "replicas", "horizon", "period")
+    for line in bundled_scenarios()[name].read_text().splitlines():
+        found = re.match(r"(\w+) = [\[{]?.*\d", line)
+        if found and found[1] not in plain and '"' not in line.split("#")[0].split("=", 1)[1][:3]:
+            assert "#" in line or line.rstrip().endswith("["), line
+
+
+def test_quickstart_sets_its_main_keys_in_plain_lines() -> None:
+    lines = bundled_scenarios()["quickstart"].read_text().splitlines()
+    for key in ("rate", "replicas", "seeds"):
+        assert any(re.match(rf"{key} = [\d\[]", line) for line in lines)
+
+
+def test_quickstart_has_three_unlike_pools_and_two_classes() -> None:
+    scenario = load_scenario("quickstart")
+    assert (len(scenario.pools), len(scenario.workload.classes)) == (3, 2)
+    speeds = [pool.stepper(prefill=1024, decode=32, kv=32_000) for pool in scenario.pools]
+    assert max(speeds) > 3 * min(speeds)
+    rooms = [pool.kv_capacity for pool in scenario.pools]
+    assert max(rooms) > 10 * min(rooms)
+
+
+@pytest.mark.parametrize("name", catalog_names())
+def test_every_catalog_constant_has_a_source(name: str) -> None:
+    entry = catalog_entry(name)
+    assert set(entry.sources) == set(entry.pool)
+    assert all(len(source) > 10 for source in entry.sources.values())
+    pool = Pool.model_validate({"name": "p", "replicas": 1, **entry.pool})
+    assert 1e-3 < pool.stepper() < 0.1
+    assert "\n" not in entry.description
+    assert pool.stepper(prefill=2048, decode=64, kv=100_000) < 1.0
+
+
+def test_catalog_files_hold_nothing_but_pool_keys() -> None:
+    for file in Path(llmopt.catalog.__file__).parent.glob("*.toml"):
+        keys = tomllib.loads(file.read_text()).keys()
+        assert keys <= {*Pool.model_fields, "description", "sources"} - {"name", "replicas", "source", "catalog"}
+
+
+def test_an_unknown_entry_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ScenarioError, match="did you mean 'nie-a100-llama3-8b'"):
+        catalog_entry("nie-a100-llama3")
+
+
+def test_roofline_constants_follow_from_the_published_peaks() -> None:
+    """15.0 GB of weights, 13.96 GFLOP and 131072 B of KV a token, 524288 FLOP a pair; efficiencies 0.8 and 0.6."""
+    for name, flops, bandwidth in (("h100", 989.5e12, 3.35e12), ("a100", 312e12, 1.935e12)):
+        memory, compute = catalog_entry(f"{name}-llama31-8b").pool["step_time"]
+        assert memory["base"] == pytest.approx(15.0e9 / (0.8 * bandwidth), rel=2e-3)
+        assert memory["kv"] == pytest.approx(131_072 / (0.8 * bandwidth), rel=2e-3)
+        assert compute["prefill"] == pytest.approx(13.96e9 / (0.6 * flops), rel=2e-3)
+        assert compute["decode"] == pytest.approx(15.01e9 / (0.6 * flops), rel=2e-3)
+        assert compute["pairs"] == pytest.approx(524_288 / (0.6 * flops), rel=2e-3)
+
+
+def test_nie_scenarios_have_the_published_batch_times() -> None:
+    for name, batch in (("nie-1to1", 0.0372), ("nie-2to1", 0.0430), ("nie-1to2", 0.0337)):
+        pool = load_scenario(name).pools[0]
+        assert (pool.stepper(), pool.kv_capacity, pool.chunk) == (batch, 131_000, 512)
+
+
+def test_fitted_step_times_are_close_to_measured_batches(shared: Path) -> None:
+    """Per-layer kernel times of the RTX 4090 summed by hand for two batches: pure decode and a full prefill chunk."""
+    import pandas as pd
+
+    folder = shared / "data/vllm-runs/profiles"
+    dense = pd.read_csv(folder / "RTX4090_Llama-3.1-8B_tp1_dense.csv").groupby(["layer", "tokens"]).time_us.median()
+    attention = pd.read_csv(folder / "RTX4090_Llama-3.1-8B_tp1_attention.csv")
+    heads = pd.read_csv(folder / "RTX4090_Llama-3.1-8B_tp1_per_sequence.csv")
+    heads = heads.groupby(["layer", "sequences"]).time_us.median()
+    keys = ["prefill_chunk", "kv_prefill", "n_decode", "kv_decode"]
+    stepper = Pool.model_validate({"name": "p", "replicas": 1, **catalog_entry("rtx4090-llama31-8b").pool}).stepper
+    for batch, features in (((0, 0, 32, 1024), (0, 32, 32_768, 0)), ((2048, 0, 0, 0), (2048, 0, 0, 2048**2 / 2))):
+        tokens = batch[0] + batch[2]
+        layer = sum(
+            dense[n, tokens] for n in ("act_fn", "down_proj", "gate_up_proj", "o_proj", "qkv_proj", "rotary_emb")
+        )
+        layer += (
+            2 * dense["layernorm", tokens] + attention[(attention[keys] == list(batch)).all(axis=1)].time_us.median()
+        )
+        ends = dense["embedding", tokens] + dense["final_layernorm", tokens]
+        ends += heads["lm_head", max(batch[2], 1)] + heads["sampler", max(batch[2], 1)]
+        assert stepper(*features) == pytest.approx((32 * layer + ends) * 1e-6, rel=0.06)
+
+
+@pytest.mark.parametrize("kind", ["conv", "code"])
+def test_azure_scenarios_quote_their_trace(kind: str, shared: Path) -> None:
+    """Rates within 3 %, mean lengths within 2 and 12 %, and burstiness of the same kind as the file that they stand for."""
+    file = shared / f"data/azure-llm-2023/AzureLLMInferenceTrace_{kind}.csv"
+    quoted, real = load_scenario(f"azure-{kind}"), load_scenario(f"azure-{kind}", file)
+    assert quoted.workload.rates == pytest.approx(real.workload.rates, rel=0.03)
+    for a, b in zip(quoted.workload.classes, real.workload.classes, strict=True):
+        assert a.prompt.mean == pytest.approx(b.prompt.mean, rel=0.02)
+        assert a.output.mean == pytest.approx(b.output.mean, rel=0.12)
+        assert a.largest >= b.largest
+    drawn = quoted.workload.sample(quoted.evaluation.horizon, 1)
+    like = Trace(drawn.arrival - drawn.arrival[0], drawn.prompt, drawn.output, np.arange(len(drawn)), "", "")
+    ours, theirs = trace_summary(like), trace_summary(read_trace(file))
+    for window in ("1 s", "10 s", "60 s"):
+        assert ours.dispersion[window] == pytest.approx(theirs.dispersion[window], rel=0.6)
+
+
+def test_a_whole_azure_trace_is_replayed_with_one_option(shared: Path) -> None:
+    scenario = load_scenario("azure-conv", shared / "data/azure-llm-2023/AzureLLMInferenceTrace_conv.csv")
+    assert len(scenario.workload.sample(scenario.evaluation.horizon, 1)) == 19_366
+    assert scenario.workload.total_rate == pytest.approx(5.530, abs=1e-3)
