@@ -110,8 +110,9 @@ def draw(build: Callable[..., Figure], *data: Any, kind: Literal["svg", "png"] =
     """The picture that `build(*data)` makes, as the bytes of a file; equal data give equal bytes."""
     with _style(salt=build.__name__):
         buffer = io.BytesIO()
-        metadata = {"Date": None} if kind == "svg" else {"Software": None}
-        build(*data).savefig(buffer, format=kind, dpi=150, metadata=metadata)
+        compact: dict[str, Any] = {"pil_kwargs": {"optimize": True}, "metadata": {"Software": None}}
+        settings = compact if kind == "png" else {"metadata": {"Date": None}}
+        build(*data).savefig(buffer, format=kind, dpi=130, **settings)
         return buffer.getvalue()
 
 

@@ -15,7 +15,7 @@ class Display:
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.topic = ""
+        self.shown: set[str] = set()
         self.bar: Progress | None = None
 
     def __enter__(self) -> Self:
@@ -37,6 +37,6 @@ class Display:
         """Show that `what` starts; without a terminal, one line for each policy."""
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=done, total=total, description=what)
-        elif not self.quiet and done < total and what.split(":")[0] != self.topic:
-            self.topic = what.split(":")[0]
-            print(f"[{done}/{total}] {self.topic}", file=sys.stderr, flush=True)
+        elif not self.quiet and done < total and what.split(":")[0] not in self.shown:
+            self.shown.add(what.split(":")[0])
+            print(f"[{done}/{total}] {what.split(':')[0]}", file=sys.stderr, flush=True)
