@@ -48,13 +48,20 @@ class MaxMargin:
         return _tighten_margin(model, scenario, self.accuracy)
 
     def extract(self, model: Any, solve: Solve, scenario: Scenario) -> Plan:
-        """The best split seen, with prices in requests/s of critical rate."""
+        """The best split seen, with prices in requests/s; `bound_rate` is what (1) allows under any routing."""
         routing: Routing = model.routing
         prices = resource_prices(
             scenario, routing, solve, _values(model), pool_duals(routing, solve.duals), scenario.workload.total_rate
         )
-        binding = binding_rows(routing, solve.duals)
-        return _margin_plan(self, model, scenario, prices=prices, price_unit="requests/s", binding=binding)
+        return _margin_plan(
+            self,
+            model,
+            scenario,
+            bound_rate=(routing.first or solve.objective) * scenario.workload.total_rate,
+            prices=prices,
+            price_unit="requests/s",
+            binding=binding_rows(routing, solve.duals),
+        )
 
 
 @dataclass(frozen=True)
@@ -203,7 +210,7 @@ class MinDelay:
 
 
 _PATIENCE = 3
-_KNOTS = (0.0, 0.5, 0.8, 0.9, 0.95)
+_KNOTS = 1.0 - 0.75 ** np.arange(16)
 
 
 def _delay(routing: Routing, load: Floats, scenario: Scenario) -> float:
@@ -254,12 +261,11 @@ def _revise(model: Any, scenario: Scenario, x: Floats, needs: Floats, room: Floa
 
 
 def _margin_plan(formulation: MaxMargin | FewPools, model: Any, scenario: Scenario, **figures: Any) -> Plan:
-    """The plan of the best split seen, by the estimate; `bound_rate` is what (1) allows under any routing."""
+    """The plan of the best split seen, by the estimate."""
     routing: Routing = model.routing
     x, margin = _values(model), _margin(model)
     _, best = max([*routing.tried, (0.0, x / margin)], key=lambda tried: tried[0])
-    first = margin if routing.first is None else routing.first
-    return _plan(formulation.name, scenario, best, bound_rate=first * scenario.workload.total_rate, **figures)
+    return _plan(formulation.name, scenario, best, **figures)
 
 
 def _plan(name: str, scenario: Scenario, x: Floats, **figures: Any) -> Plan:
