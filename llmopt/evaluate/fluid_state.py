@@ -14,8 +14,11 @@ from llmopt.scenario import Pool, Scenario
 from llmopt.stability import PoolRows, stability_rows
 from llmopt.workload import RequestClass
 
-MIX_GRID = 32
-"""Class mixes are rounded to 1/32 before the step-mean estimate is asked, so that slow drifts of a mix cost nothing."""
+MIX_MOVE = 0.02
+"""Change of a class mix (sum over classes) from which the step-mean estimate is asked again."""
+
+FADE = 0.8
+"""Weight of the past in the mix, so that the luck of sample requests averages out."""
 
 
 @dataclass(frozen=True)
@@ -73,28 +76,36 @@ class Cells:
 
 @dataclass
 class Slowdown:
-    """By how much steps last longer than (1) says because they are not alike, at the class mix of each cell."""
+    """By how much steps last longer than (1) says because they are not alike, at the class mix of each cell.
+
+    pool: index of the pool of each cell; factor (n_cells,); mix: where the estimate was asked; inflow: recent requests
+    (both n_classes, n_cells).
+    """
 
     scenario: Scenario
     pool: Ints
     factor: Floats = field(init=False)
-    known: dict[tuple[int, tuple[int, ...]], float] = field(default_factory=dict)
+    mix: Floats = field(init=False)
+    inflow: Floats = field(init=False)
 
     def __post_init__(self) -> None:
         self.factor = np.ones(len(self.pool))
+        self.mix = np.zeros((len(self.scenario.workload.classes), len(self.pool)))
+        self.inflow = self.mix.copy()
+
+    def guess(self, rates: Floats) -> None:
+        """Start from the mean class `rates` (n_classes,); the guess weighs nothing against what is seen."""
+        self.update(1e-9 * rates[:, None] * np.array(self.scenario.allowed)[:, self.pool])
 
     def update(self, inflow: Floats) -> None:
-        """Ask the step-mean estimate at the mix of `inflow` (n_classes, n_cells); cells without any keep theirs."""
-        for j in np.flatnonzero(inflow.sum(axis=0) > 0):
-            mix = tuple(int(k) for k in np.ceil(inflow[:, j] / inflow[:, j].sum() * MIX_GRID - 0.5))
-            key = (int(self.pool[j]), mix)
-            if key not in self.known:
-                self.known[key] = self._ask(key[0], inflow[:, j] / inflow[:, j].sum())
-            self.factor[j] = self.known[key]
-
-    def _ask(self, pool: int, mix: Floats) -> float:
-        capacity = replica_capacity(self.scenario.pools[pool], self.scenario.workload.classes, mix)
-        return capacity.outer / capacity.rate
+        """Take in `inflow` (n_classes, n_cells) and ask the step-mean estimate where the recent mix has moved."""
+        self.inflow = FADE * self.inflow + inflow
+        total = self.inflow.sum(axis=0)
+        mix = self.inflow / np.where(total > 0, total, 1.0)
+        for j in np.flatnonzero((total > 0) & (np.abs(mix - self.mix).sum(axis=0) > MIX_MOVE)):
+            pool, classes = self.scenario.pools[int(self.pool[j])], self.scenario.workload.classes
+            capacity = replica_capacity(pool, classes, mix[:, j])
+            self.factor[j], self.mix[:, j] = capacity.outer / capacity.rate, mix[:, j]
 
 
 def _of_pool(pool: Pool, classes: Sequence[RequestClass], rows: PoolRows, pieces: int) -> tuple[Floats, ...]:
