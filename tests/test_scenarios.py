@@ -123,7 +123,7 @@ def test_fitted_step_times_are_close_to_measured_batches(shared: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["conv", "code"])
 def test_azure_scenarios_quote_their_trace(kind: str, shared: Path) -> None:
-    """Rates within 3 %, mean lengths within 2 and 12 %, and burstiness of the same kind as the file that they stand for."""
+    """Rates within 3 %, mean lengths within 2 and 12 %, burstiness of the same kind as the file they stand for."""
     file = shared / f"data/azure-llm-2023/AzureLLMInferenceTrace_{kind}.csv"
     quoted, real = load_scenario(f"azure-{kind}"), load_scenario(f"azure-{kind}", file)
     assert quoted.workload.rates == pytest.approx(real.workload.rates, rel=0.03)
