@@ -13,7 +13,10 @@ from llmopt.errors import PolicyError
 from llmopt.evaluate.fluid import _Tank, arriving, evaluate_fluid
 from llmopt.evaluate.fluid_route import level, spread_of
 from llmopt.evaluate.fluid_state import Cells
+from llmopt.evaluate.report import waiting
+from llmopt.evaluate.simulate import simulate
 from llmopt.plan import Incoming, Plan, ReplicaState, index_router, split_router
+from llmopt.registry import get_policy
 from llmopt.scenario import Scenario
 from llmopt.stability import equilibrium
 from llmopt.workload import Requests
@@ -305,3 +308,18 @@ def test_slower_pools_carry_less_under_least_work() -> None:
     question = scenario(pools, rate=20.0)
     run = evaluate_fluid(question, Plan("work", index_router(question, outstanding_tokens=[1.0, 2.0])), 200.0)
     assert run.fractions[0, 0] > run.fractions[0, 1]
+
+
+BURST = {"law": "piecewise", "times": [0.0, 100.0, 150.0], "factors": [0.75, 2.75, 0.75]}
+
+
+@pytest.mark.parametrize(("name", "rate"), [("jsq", 1.2), ("random", 1.2), ("power-of-two", 1.2), ("jsq", 1.8)])
+def test_backlog_through_a_burst_is_that_of_the_simulator(name: str, rate: float) -> None:
+    question = scenario([pool("one"), pool("two", **SLOW)], rate=rate * MU, arrivals=BURST, horizon=300.0)
+    plan = get_policy(name).plan(question)
+    run = evaluate_fluid(question, plan)
+    at = np.linspace(0.0, 300.0, 61)
+    fluid = np.column_stack([np.interp(at, run.times, column) for column in run.backlog.T])
+    played = np.mean([waiting(question, simulate(question, plan, seed), at) for seed in (1, 2, 3)], axis=0)
+    assert fluid == pytest.approx(played, abs=0.04 * played.max())
+    assert played.max() > 500

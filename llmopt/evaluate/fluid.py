@@ -194,6 +194,7 @@ def _fastest(times: Floats, backlog: Floats, rate: float) -> Growth:
 
 def _drained(after: _Run, late: _Run) -> float:
     """When the backlog after the horizon has lost 99 % of its excess over its last value, s."""
-    backlog, last = after.waiting.sum(axis=(1, 2)), float(late.waiting[-1].sum())
-    level = last + 0.01 * max(float(backlog[0]) - last, 0.0) + 1e-6
-    return float(after.times[int(np.argmax(backlog <= level))]) if (backlog <= level).any() else float(after.times[-1])
+    times = np.concatenate([after.times, after.times[-1] + late.times])
+    backlog = np.concatenate([after.waiting, late.waiting]).sum(axis=(1, 2))
+    level = backlog[-1] + 0.01 * max(backlog[0] - backlog[-1], 0.0) + 1e-6
+    return float(times[int(np.argmax(backlog <= level))])
