@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 import llmopt.catalog
 from llmopt.catalog import catalog_entry, catalog_names
 from llmopt.errors import ScenarioError
+from llmopt.evaluate.simulate import simulate
+from llmopt.plan import Plan, index_router
 from llmopt.reading import bundled_scenarios
 from llmopt.scenario import Pool, load_scenario
 from llmopt.traces import Trace, read_trace, trace_summary
@@ -119,6 +122,25 @@ def test_fitted_step_times_are_close_to_measured_batches(shared: Path) -> None:
         ends = dense["embedding", tokens] + dense["final_layernorm", tokens]
         ends += heads["lm_head", max(batch[2], 1)] + heads["sampler", max(batch[2], 1)]
         assert stepper(*features) == pytest.approx((32 * layer + ends) * 1e-6, rel=0.06)
+
+
+@pytest.mark.parametrize(("gpu", "entry", "within"), [("RTX4090", "rtx4090", 0.2), ("RTXPRO6000", "rtxpro6000", 0.07)])
+def test_catalog_replays_a_measured_run(gpu: str, entry: str, within: float, shared: Path, tmp_path: Path) -> None:
+    """Mean TTFT and TPOT of 300 requests on a real vLLM server that was overloaded for half a minute."""
+    log = shared / f"data/vllm-runs/{gpu}_Llama-3.1-8B/requests.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    ttft = np.mean([row["first_token_ts"] - row["queued_ts"] for row in rows])
+    tpot = np.mean([(r["last_token_ts"] - r["first_token_ts"]) / (r["output_toks"] - 1) for r in rows])
+    (tmp_path / "run.toml").write_text(
+        f"""
+        workload = {{ classes = [{{ name = "all" }}] }}
+        pools = [{{ name = "p", replicas = 1, catalog = "{entry}-llama31-8b" }}]
+        """
+    )
+    scenario = load_scenario(tmp_path / "run.toml", log)
+    run = simulate(scenario, Plan("only", index_router(scenario)), core="python")
+    assert run.ttft.mean() == pytest.approx(ttft, rel=within)
+    assert np.nanmean(run.tpot) == pytest.approx(tpot, rel=within)
 
 
 @pytest.mark.parametrize("kind", ["conv", "code"])
