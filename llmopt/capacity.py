@@ -1,7 +1,10 @@
 """Capacity of one replica: the step-mean estimate of its critical rate, for verdicts and for cuts in programs.
 
-The rows (1) of `llmopt.stability` bound the critical rate from outside; they would be tight if all steps were alike.
-The estimate averages the step time over the random prefill content of a step at saturation.
+The rows (1) of `llmopt.stability` bound the critical rate from outside; they would be tight if all steps were alike
+and every budget were used to the last token. The estimate follows the saturated replica instead: what a blocked head
+leaves unused, what preemption repeats and throws away, how the step time varies with the prefill of a step. See
+`llmopt.saturation` (balances), `llmopt.walk` (steps), `llmopt.waves` (lockstep) and docs/stability.md, where the
+study stands that the error below was taken from.
 """
 
 from __future__ import annotations
@@ -11,22 +14,33 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmopt.lengths import Floats, Ints
-from llmopt.moments import Engine, Moments, moments
+from llmopt.lengths import Floats
+from llmopt.mix import Mix, blend
+from llmopt.moments import Engine, moments
+from llmopt.saturation import Saturation, saturate
 from llmopt.scenario import Pool
-from llmopt.stability import caps, occupancy, pool_rows
+from llmopt.stability import occupancy, outer_rate
+from llmopt.waves import locked_rate, unstable_modes
 from llmopt.workload import RequestClass
 
-STEPS = 4096
+ERROR = 0.01
+"""Half-width where requests are small against memory: 95 % of the 200 draws of benchmarks/capacity_study.py lie in."""
+ERROR_LARGE = 0.15
+"""Added per share of the KV memory that the largest request takes: the walk knows the running set by its mean only."""
+ERROR_OVER = 0.3
+"""Added per share of prefill that goes to over-admitted requests, a cruder part of the walk."""
+ERROR_WAVES = 0.05
+"""Added where waves grow but cost no memory (recompute, swap): prefill then comes in bursts."""
 
 
 @dataclass(frozen=True)
 class Capacity:
     """What one replica can serve at one class mix.
 
-    rate: estimated critical rate, requests/s over all classes; outer: bound (1), requests/s; piece, resource: what
-    binds; step_time: mean step time at saturation, s; error: relative half-width of the estimate; caveats: what the
-    number does not cover, in sentences.
+    rate: estimated critical rate, requests/s over all classes (the verdict's number); outer: bound (1), requests/s;
+    piece, resource: what binds; step_time: mean step time at saturation, s; error: relative half-width of `rate`;
+    caveats: sentences on what the number does not cover; locked: requests/s once requests run in lockstep, or None
+    where they do not (then `rate` is not the middle between two regimes).
     """
 
     rate: float
@@ -36,75 +50,114 @@ class Capacity:
     step_time: float
     error: float
     caveats: tuple[str, ...]
+    locked: float | None = None
 
 
 def replica_capacity(pool: Pool, classes: Sequence[RequestClass], mix: Floats, seed: int = 0) -> Capacity:
-    """Estimate of the critical rate of one replica of `pool` when class c makes up `mix[c] / sum(mix)` of requests.
+    """Estimate for one replica of `pool` when class c makes up `mix[c] / sum(mix)` of the requests.
 
-    Deterministic for a given `seed`, which only moves the sampled prefill content of the steps.
+    Deterministic; `seed` shuffles the sample that the fluctuations are taken from. A class that does not fit into a
+    replica makes the capacity 0.
     """
     shares = np.asarray(mix, dtype=float) / float(np.sum(mix))
-    m = moments(Engine.of(pool), classes)
-    rows = pool_rows(pool, m)
-    loads = shares @ rows.seconds
-    binding = int(loads.argmax())
-    per_step = float((rows.caps / (shares @ occupancy(m))).min())
-    step = _mean_step(pool, classes, shares, m, per_step, seed)
-    return Capacity(
-        rate=per_step / step,
-        outer=1.0 / float(loads.max()),
-        piece=rows.pieces[binding],
-        resource=rows.resources[binding],
-        step_time=step,
-        error=0.05,
-        caveats=(),
-    )
+    outer = outer_rate(pool, classes, shares)
+    unfit = [c.name for c, x in zip(classes, shares, strict=True) if x > 0 and not pool.fits(c.largest)]
+    if unfit:
+        why = f"Requests of class {unfit[0]!r} can exceed the KV memory of a replica of pool {pool.name!r}."
+        return Capacity(0.0, outer, "", "kv", 0.0, 0.0, (why,))
+    blended = blend(pool, classes, shares, seed)
+    saturation = saturate(blended)
+    largest = max(c.largest for c, x in zip(classes, shares, strict=True) if x > 0)
+    return _judged(blended, saturation, outer, largest)
 
 
 def estimated_load(pool: Pool, classes: Sequence[RequestClass], rates: Floats) -> float:
-    """Total rate over the estimated capacity of the whole pool at that mix; homogeneous of degree 1 in `rates`."""
-    total = float(np.sum(rates))
+    """Total rate over the estimated capacity of the whole pool at that mix; homogeneous of degree 1 in `rates`.
+
+    0.0 for zero rates, inf if a class with a positive rate does not fit.
+    """
+    rates = np.asarray(rates, dtype=float)
+    total = float(rates.sum())
     if total <= 0:
         return 0.0
-    return total / (pool.replicas * replica_capacity(pool, classes, rates).rate)
+    rate = replica_capacity(pool, classes, rates).rate
+    return total / (pool.replicas * rate) if rate > 0 else float("inf")
 
 
 def load_gradient(pool: Pool, classes: Sequence[RequestClass], rates: Floats) -> Floats:
-    """Gradient of `estimated_load` in the class rates by forward differences, shape (n_classes,), s per request.
+    """Gradient of `estimated_load` in the class rates, shape (n_classes,), in load per request/s.
 
-    `estimated_load` is homogeneous of degree 1, so `gradient @ rates` is the load itself and the tangent at `rates`
-    is `gradient @ new_rates`.
+    By the envelope theorem each step counts for the piece that is largest in it, and each budget for the weight with
+    which it limits the rate; how preemption and blocking change with the mix is left out. `gradient @ rates` is the
+    load itself (it is homogeneous of degree 1), so `gradient @ other` is the tangent at `rates`. Zero rates give 0.
     """
     rates = np.asarray(rates, dtype=float)
-    load, step = estimated_load(pool, classes, rates), 0.02 * float(rates.sum())
-    bumped = rates + step * np.eye(len(rates))
-    slopes = np.array([(estimated_load(pool, classes, row) - load) / step for row in bumped])
-    euler = float(slopes @ rates)
-    return slopes * (load / euler) if euler > 0 else slopes
+    load = estimated_load(pool, classes, rates)
+    if not 0 < load < float("inf"):
+        return np.zeros(len(rates))
+    blended = blend(pool, classes, rates / float(rates.sum()), 0)
+    saturation = saturate(blended)
+    m = moments(Engine.of(pool), classes)
+    used = occupancy(m)
+    steps = (used / (rates @ used) * saturation.balance.weights).sum(axis=1)
+    parts = np.column_stack([x / (rates @ x) if x.any() else x for x in (m.prompt, m.decode, m.read, m.pairs)])
+    slopes = np.column_stack([steps, parts]) @ saturation.seconds
+    return np.asarray(slopes * load / float(slopes @ rates))
 
 
-def _mean_step(
-    pool: Pool, classes: Sequence[RequestClass], shares: Floats, m: Moments, per_step: float, seed: int
-) -> float:
-    """Mean step time when `per_step` requests are admitted per step, prefill served from what decode leaves."""
-    rng = np.random.default_rng(seed)
-    decode, read = per_step * float(shares @ m.decode), per_step * float(shares @ m.read)
-    counts = rng.poisson(per_step * shares, (STEPS, len(shares)))
-    sizes = [cls.sample(rng, int(counts[:, c].sum()))[0] for c, cls in enumerate(classes)]
-    drawn = [(x.astype(float), counts[:, c]) for c, x in enumerate(sizes)]
-    tokens = np.sum([_per_step(x, n) for x, n in drawn], axis=0)
-    pairs = float(sum((x**2 / 2).sum() for x, _ in drawn))
-    room = float(caps(pool)[2]) - decode
-    net = np.cumsum(tokens - room)
-    left = net - np.minimum(np.minimum.accumulate(net), 0.0)
-    served = tokens - np.diff(left, prepend=0.0)
-    ratio = pairs / max(float(tokens.sum()), 1.0)
-    features = np.column_stack([served, np.full((STEPS, 2), (decode, read)), served * ratio])
-    return float(pool.stepper.many(features).mean())
+def _middle(mix: Mix, saturation: Saturation) -> tuple[float, float | None, int]:
+    """Capacity, capacity in lockstep if that can happen, and the number of growing waves.
+
+    Where waves cost memory the system has two regimes and its history decides: the middle of both is returned.
+    """
+    modes = unstable_modes(mix) if saturation.resource == "kv" and mix.pool.preemption != "reserve" else 0
+    if not modes or mix.pool.preemption in ("recompute", "swap"):
+        return saturation.rate, None, modes
+    locked = min(locked_rate(mix), saturation.rate)
+    return (saturation.rate + locked) / 2, locked, modes
 
 
-def _per_step(x: Floats, counts: Ints) -> Floats:
-    """Sums of consecutive groups of `counts` entries of `x`."""
-    ends = np.cumsum(counts)
-    total = np.concatenate([[0.0], np.cumsum(x)])
-    return np.asarray(total[ends] - total[ends - counts])
+def _judged(mix: Mix, saturation: Saturation, outer: float, largest: int) -> Capacity:
+    rate, locked, modes = _middle(mix, saturation)
+    share = largest / (mix.pool.kv_blocks * mix.pool.block_size)
+    error = ERROR + ERROR_LARGE * share * saturation.balance.memory + ERROR_OVER * min(saturation.over, 1.0)
+    if modes:
+        error += ERROR_WAVES if locked is None else (saturation.rate - locked) / 2 / rate
+    return Capacity(
+        rate=float(min(rate, outer)),
+        outer=outer,
+        piece=mix.pool.stepper.names[saturation.piece],
+        resource=saturation.resource,
+        step_time=saturation.step_time,
+        error=float(error),
+        caveats=tuple(_caveats(mix, saturation, locked, modes, share)),
+        locked=locked,
+    )
+
+
+def _caveats(mix: Mix, saturation: Saturation, locked: float | None, modes: int, share: float) -> list[str]:
+    name, mode, said = mix.pool.name, mix.pool.preemption, []
+    if locked is not None:
+        said.append(
+            f"Pool {name!r} ({mode}): lengths vary too little to keep requests apart, so they can fall into step after "
+            f"a burst and then a replica serves only {locked:.4g} requests/s, not {saturation.rate:.4g}; the bound "
+            f"mu (1 - delta) does not hold here, and the estimate is the middle of the two."
+        )
+    elif modes:
+        said.append(f"Pool {name!r} ({mode}): requests tend to start and end in waves, so prefill comes in bursts.")
+    if share * saturation.balance.memory > 0.1:
+        said.append(
+            f"Pool {name!r}: the largest request takes {share:.0%} of the KV memory, so what fits beside it is a "
+            f"matter of luck and the estimate is rougher."
+        )
+    if saturation.resource != "tokens" and saturation.crowded > 0.25:
+        said.append(
+            f"Pool {name!r}: prefill fills the token budget in {saturation.crowded:.0%} of the steps, so memory and "
+            f"slots are refilled late; a larger token_budget would raise the capacity."
+        )
+    if saturation.over > 0.05:
+        said.append(
+            f"Pool {name!r}: prompts of several chunks are admitted against memory that others still have to fill; "
+            f"about {saturation.over:.0%} of the prefill is thrown away for it, and the estimate is rougher."
+        )
+    return said

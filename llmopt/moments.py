@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -55,10 +56,11 @@ class Moments(NamedTuple):
 
 def moments(engine: Engine, classes: Sequence[RequestClass]) -> Moments:
     """Moments of every class under `engine`: exact, with the shortest possible prefill (K steps)."""
-    rows = [_of_class(engine, cls) for cls in classes]
+    rows = [_of_class(engine, cls) if cls.pairs is None else _of_class.__wrapped__(engine, cls) for cls in classes]
     return Moments(*np.array(rows, dtype=float).reshape(len(classes), 6).T)
 
 
+@lru_cache(maxsize=4096)
 def _of_class(engine: Engine, cls: RequestClass) -> tuple[float, ...]:
     def steps(o: Floats) -> Floats:
         return o - engine.first_step

@@ -141,6 +141,12 @@ def outer_factor(scenario: Scenario, fractions: Floats) -> float:
     return 1.0 / load if load > 0 else float("inf")
 
 
+def outer_rate(pool: Pool, classes: Sequence[RequestClass], shares: Floats) -> float:
+    """Largest total rate of one replica, requests/s, that (1) allows when class c makes up `shares[c]` of it."""
+    rows = pool_rows(pool, moments(Engine.of(pool), classes))
+    return 1.0 / float((shares @ rows.seconds).max())
+
+
 def equilibrium(pool: Pool, classes: Sequence[RequestClass], rates: Floats) -> Equilibrium:
     """Fluid equilibrium of one replica of `pool` when class c arrives at the pool at `rates[c]` requests/s.
 
