@@ -158,8 +158,8 @@ def _hashes(value: Any) -> list[Any]:
 def write_trace(trace: Trace, path: str | Path) -> Path:
     """Write a trace in the generic layout (arrival, prompt, output, hashes), as the suffix of `path` says; returns it.
 
-    Suffixes: ``.csv``, ``.jsonl``, ``.parquet``, the first two also with ``.gz``. The layout has no place for the size of
-    the hashed blocks; a reader takes them for 512 tokens.
+    Suffixes: ``.csv``, ``.jsonl``, ``.parquet``, the first two also with ``.gz``. The layout has no place for the
+    size of the hashed blocks; a reader takes them for 512 tokens.
 
     Raises
     ------
