@@ -23,12 +23,12 @@ from llmopt.stability import occupancy, outer_rate
 from llmopt.waves import locked_rate, unstable_modes
 from llmopt.workload import RequestClass
 
-ERROR = 0.01
+ERROR = 0.015
 """Half-width where requests are small against memory: 95 % of the 200 draws of benchmarks/capacity_study.py lie in."""
 ERROR_LARGE = 0.15
 """Added per share of the KV memory that the largest request takes: the walk knows the running set by its mean only."""
-ERROR_OVER = 0.3
-"""Added per share of prefill that goes to over-admitted requests, a cruder part of the walk."""
+ERROR_OVER = 0.5
+"""Added per share of the step time that goes to over-admitted requests, a cruder part of the walk."""
 ERROR_WAVES = 0.05
 """Added where waves grow but cost no memory (recompute, swap): prefill then comes in bursts."""
 
@@ -155,9 +155,9 @@ def _caveats(mix: Mix, saturation: Saturation, locked: float | None, modes: int,
             f"Pool {name!r}: prefill fills the token budget in {saturation.crowded:.0%} of the steps, so memory and "
             f"slots are refilled late; a larger token_budget would raise the capacity."
         )
-    if saturation.over > 0.05:
+    if saturation.over > 0.02:
         said.append(
             f"Pool {name!r}: prompts of several chunks are admitted against memory that others still have to fill; "
-            f"about {saturation.over:.0%} of the prefill is thrown away for it, and the estimate is rougher."
+            f"about {saturation.over:.0%} of the time goes to prefill that is thrown away, and the estimate is rougher."
         )
     return said

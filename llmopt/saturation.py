@@ -76,7 +76,7 @@ class Saturation:
 
     balance, overhead: as above; seconds (5,): mean seconds of a step for each of `hardware.FEATURES`, by the piece that
     is largest in each step; piece: index of the piece that takes most of the time; crowded: share of steps whose
-    prefill fills the budget; over: prefill share of over-admitted requests.
+    prefill fills the budget; over: share of the step time that goes to over-admitted requests.
     """
 
     rate: float
@@ -94,16 +94,16 @@ class Saturation:
         return RESOURCES[int(self.balance.limits.argmin())]
 
 
-def saturate(mix: Mix, start: Overhead | None = None, rounds: int = ROUNDS) -> Saturation:
-    """Solve for the saturated replica; a known `start` needs fewer `rounds`."""
-    overhead = start or Overhead()
-    for _ in range(rounds):
+def saturate(mix: Mix) -> Saturation:
+    """Solve for the saturated replica: alternate between the balance and the walk that gives its overhead."""
+    overhead, steps = Overhead(), None
+    for _ in range(ROUNDS):
         balance = _balance(mix, overhead)
         if balance.memory < 1e-3:
-            break
+            return _average(mix, balance, overhead, None)
         steps = _memory_walk(mix, balance, overhead)
         overhead = _overhead(mix, balance, steps, overhead)
-    return _average(mix, balance, overhead, steps if balance.memory >= 1e-3 else None)
+    return _average(mix, balance, overhead, steps)
 
 
 def _needs(mix: Mix, aged: float) -> tuple[Floats, float]:
@@ -248,8 +248,9 @@ def _average(mix: Mix, balance: Balance, overhead: Overhead, memory: Walk | None
         seconds += weight / total * _seconds(mix.pool.stepper.coefficients, features)
         crowded += weight / total * full
         over += weight / total * steps.over
-    over /= max(balance.rate * mix.prompt, 1e-12)
+    prefill = float(seconds[:, 1].sum() + seconds[:, 4].sum())
     step, piece = float(seconds.sum()), int(seconds.sum(axis=1).argmax())
+    over *= prefill / step / max(balance.rate * mix.prompt + overhead.again, 1e-12)
     return Saturation(balance.rate / step, step, balance, overhead, seconds.sum(axis=0), piece, crowded, over)
 
 

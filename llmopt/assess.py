@@ -1,0 +1,283 @@
+"""The stability verdict of a scenario under a static split: loads, critical rate, what binds, and how sure that is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from llmopt.arrivals import Bursts, Piecewise
+from llmopt.capacity import Capacity, replica_capacity
+from llmopt.errors import ScenarioError
+from llmopt.lengths import Floats
+from llmopt.scenario import Pool, Scenario
+from llmopt.stability import PoolRows, stability_rows
+
+TARGET_LOAD = 0.9
+"""Load that a pool is sized for: N = ceil(lambda / (0.9 mu)), Nie, Si & Zhou 2605.04595, section 7.1."""
+PLAIN_SPLIT = "in proportion to what the pools could serve of each class alone"
+Verdict = Literal["stable", "unstable", "too close to call"]
+
+
+@dataclass(frozen=True)
+class RowLoad:
+    """Load of one row (1): a piece of the step time with a capped resource."""
+
+    piece: str
+    resource: str
+    load: float
+
+
+@dataclass(frozen=True)
+class PoolReport:
+    """One pool under the split.
+
+    rate: requests/s that it gets on average; rows: loads of the rows (1); outer_load: the largest of them; load:
+    estimated load; peak_load: the same at the highest rate of a time-varying workload; replicas_needed: for an
+    estimated load of at most `TARGET_LOAD`; capacity: of one replica at its class mix, None if it gets nothing.
+    """
+
+    pool: str
+    replicas: int
+    rate: float
+    rows: tuple[RowLoad, ...]
+    outer_load: float
+    load: float
+    peak_load: float
+    replicas_needed: int
+    capacity: Capacity | None
+
+    @property
+    def error(self) -> float:
+        """Half-width of `load` relative to it."""
+        return self.capacity.error if self.capacity else 0.0
+
+
+@dataclass(frozen=True)
+class StabilityReport:
+    """What `llmopt stability` prints.
+
+    router: whose split it is; fractions (n_classes, n_pools); load: the largest estimated load; error: its relative
+    half-width; rate: mean arrivals, requests/s; critical_rate, outer_rate: total arrivals at which the first pool
+    reaches load 1 by the estimate and by (1), all classes scaled together; pool, piece, resource: what binds;
+    sentences: the verdict, its reasons and caveats in words.
+    """
+
+    router: str
+    fractions: Floats
+    pools: tuple[PoolReport, ...]
+    rate: float
+    load: float
+    error: float
+    critical_rate: float
+    outer_rate: float
+    pool: str
+    piece: str
+    resource: str
+    verdict: Verdict
+    sentences: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready data; what is infinite becomes None."""
+        plain = _plain({**asdict(self), "fractions": self.fractions.tolist()})
+        assert isinstance(plain, dict)
+        return plain
+
+
+def assess(scenario: Scenario, fractions: Floats | None = None, router: str = "") -> StabilityReport:
+    """Judge the scenario under a static split.
+
+    Parameters
+    ----------
+    fractions
+        Share of each class that each pool gets, shape (n_classes, n_pools), rows summing to 1. Absent: each class
+        is split in proportion to what the pools could serve of it alone.
+    router
+        Whose split it is, for the report.
+
+    Raises
+    ------
+    ScenarioError
+        If `fractions` has the wrong shape.
+    """
+    shape = (len(scenario.workload.classes), len(scenario.pools))
+    split = plain_split(scenario) if fractions is None else np.asarray(fractions, dtype=float)
+    if split.shape != shape:
+        raise ScenarioError(f"fractions have shape {split.shape}, not {shape}; give one row per class, one per pool")
+    mean, peak = profile(scenario)
+    rates = scenario.workload.rates[:, None] * split * mean
+    rows = stability_rows(scenario)
+    pools = tuple(
+        _pool_report(scenario, pool, rows[j], rates[:, j], peak / mean) for j, pool in enumerate(scenario.pools)
+    )
+    return _report(router or (PLAIN_SPLIT if fractions is None else "given split"), split, pools)
+
+
+def plain_split(scenario: Scenario) -> Floats:
+    """Each class in proportion to what the pools could serve of it alone, shape (n_classes, n_pools)."""
+    classes = scenario.workload.classes
+    alone = np.array(
+        [
+            [
+                p.replicas * replica_capacity(p, [c], np.ones(1)).rate if p.fits(c.largest) else 0.0
+                for p in scenario.pools
+            ]
+            for c in classes
+        ]
+    )
+    return np.asarray(alone / alone.sum(axis=1, keepdims=True))
+
+
+def profile(scenario: Scenario) -> tuple[float, float]:
+    """Mean and largest factor on the workload's rate: 1 and 1 unless arrivals follow a profile in time."""
+    arrivals = scenario.workload.arrivals
+    if not isinstance(arrivals, Piecewise | Bursts):
+        return 1.0, 1.0
+    lap = arrivals.on + arrivals.off if isinstance(arrivals, Bursts) else arrivals.period
+    horizon = lap or scenario.evaluation.horizon
+    starts, factors = arrivals.profile(horizon)
+    factors, starts = factors[starts < horizon], starts[starts < horizon]
+    mean = float(factors @ np.diff(np.append(starts, horizon))) / horizon
+    return mean, float(factors.max())
+
+
+def _pool_report(scenario: Scenario, pool: Pool, rows: PoolRows, rates: Floats, peak: float) -> PoolReport:
+    total = float(rates.sum())
+    loads = rows.loads(rates)
+    capacity = replica_capacity(pool, scenario.workload.classes, rates) if total > 0 else None
+    load = 0.0
+    if capacity is not None:
+        load = total / (pool.replicas * capacity.rate) if capacity.rate > 0 else math.inf
+    return PoolReport(
+        pool=pool.name,
+        replicas=pool.replicas,
+        rate=total,
+        rows=tuple(RowLoad(*row) for row in zip(rows.pieces, rows.resources, loads.tolist(), strict=True)),
+        outer_load=float(loads.max()),
+        load=load,
+        peak_load=load * peak,
+        replicas_needed=_needed(load, pool.replicas),
+        capacity=capacity,
+    )
+
+
+def _needed(load: float, replicas: int) -> int:
+    """N = ceil(lambda / (0.9 mu)), 0 where no number of replicas helps."""
+    return math.ceil(load * replicas / TARGET_LOAD - 1e-9) if math.isfinite(load) else 0
+
+
+def _report(router: str, split: Floats, pools: tuple[PoolReport, ...]) -> StabilityReport:
+    worst = max(pools, key=lambda p: p.load)
+    assert worst.capacity is not None
+    rate = sum(p.rate for p in pools)
+    critical, outer = _over(rate, worst.load), _over(rate, max(p.outer_load for p in pools))
+    verdict = _verdict(pools)
+    return StabilityReport(
+        router=router,
+        fractions=split,
+        pools=pools,
+        rate=rate,
+        load=worst.load,
+        error=worst.error,
+        critical_rate=critical,
+        outer_rate=outer,
+        pool=worst.pool,
+        piece=worst.capacity.piece,
+        resource=worst.capacity.resource,
+        verdict=verdict,
+        sentences=tuple(_sentences(router, verdict, worst, pools, rate, critical, outer)),
+    )
+
+
+def _over(rate: float, load: float) -> float:
+    return rate / load if load > 0 else math.inf
+
+
+def _verdict(pools: tuple[PoolReport, ...]) -> Verdict:
+    """Unstable by proof if a row of (1) exceeds 1; otherwise by the estimate, unless 1 lies within its error."""
+    if any(p.outer_load > 1 or p.load * (1 - p.error) > 1 for p in pools):
+        return "unstable"
+    return "stable" if all(p.load * (1 + p.error) < 1 for p in pools) else "too close to call"
+
+
+def _sentences(
+    router: str,
+    verdict: Verdict,
+    worst: PoolReport,
+    pools: tuple[PoolReport, ...],
+    rate: float,
+    critical: float,
+    outer: float,
+) -> list[str]:
+    said = [_verdict_sentence(verdict, worst, pools)]
+    if worst.capacity is not None and worst.capacity.rate > 0:
+        said.append(
+            f"What binds is {_resource(worst.capacity.resource)} of pool {worst.pool!r}; most of its step time is "
+            f"{worst.capacity.piece!r}."
+        )
+        said.append(
+            f"Routed {router}, the critical rate is {critical:.4g} requests/s in all (now {rate:.4g}), to within "
+            f"{worst.error:.1%}; no policy with this split can carry more than {outer:.4g} ({_gap(critical, outer)})."
+        )
+    said += [s for p in pools for s in _needs(p)]
+    said += _peaks(pools)
+    return said + [c for p in pools if p.capacity for c in p.capacity.caveats]
+
+
+def _verdict_sentence(verdict: Verdict, worst: PoolReport, pools: tuple[PoolReport, ...]) -> str:
+    head = f"the highest load is {worst.load:.3f} ± {worst.load * worst.error:.3f}, of pool {worst.pool!r}"
+    if verdict == "stable":
+        return f"Stable: {head}."
+    if verdict == "too close to call":
+        return f"Too close to call: {head}, and 1 lies within its error; simulate it, or leave more room."
+    proven = [p.pool for p in pools if p.outer_load > 1]
+    if proven:
+        return f"Unstable: {head}; the outer bound alone exceeds 1 in {', '.join(proven)}, so no engine policy helps."
+    return f"Unstable: {head}; the backlog grows without end."
+
+
+def _resource(name: str) -> str:
+    words = {"kv": "the KV memory", "batch": "the batch slots (max_batch)", "tokens": "the token budget"}
+    return words[name]
+
+
+def _gap(critical: float, outer: float) -> str:
+    gap = 1 - critical / outer if outer > 0 else 0.0
+    return f"the estimate lies {gap:.1%} below that bound"
+
+
+def _needs(p: PoolReport) -> list[str]:
+    if p.rate == 0:
+        return [f"Pool {p.pool!r} gets no requests."]
+    if p.replicas_needed == 0:
+        return [f"Pool {p.pool!r} cannot hold some of the requests it gets, with any number of replicas."]
+    return [
+        f"Pool {p.pool!r} gets {p.rate:.4g} requests/s, has {p.replicas} and needs {p.replicas_needed} "
+        f"replica{'s' * (p.replicas_needed != 1)} for a load of at most {TARGET_LOAD}."
+    ]
+
+
+def _peaks(pools: tuple[PoolReport, ...]) -> list[str]:
+    """What a time-varying rate does, if it varies."""
+    worst = max(pools, key=lambda p: p.peak_load)
+    if worst.peak_load <= worst.load * (1 + 1e-9):
+        return []
+    said = f"Arrivals vary in time: the mean load of pool {worst.pool!r} is {worst.load:.3f}, at the peak it is "
+    if worst.peak_load <= 1:
+        return [said + f"{worst.peak_load:.3f}, still below 1."]
+    return [
+        said + f"{worst.peak_load:.3f}; above 1 a backlog builds up, which drains after the peak as long as the mean "
+        f"stays below 1."
+    ]
+
+
+def _plain(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {k: _plain(v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return [_plain(v) for v in x]
+    if isinstance(x, float):
+        return x if math.isfinite(x) else None
+    return x
