@@ -224,7 +224,7 @@ def _memory_walk(mix: Mix, balance: Balance, over: Overhead) -> Walk:
 
 def _overhead(mix: Mix, balance: Balance, steps: Walk, old: Overhead) -> Overhead:
     mode, rate, share = mix.pool.preemption, balance.rate, balance.memory
-    again = (steps.again + steps.over) * share
+    again = steps.again * share
     if mode == "restart" and steps.back > 0:
         stay = steps.doomed / (rate * steps.back)
         waste = (steps.doomed_held + steps.doomed * stay) / rate * share
@@ -265,25 +265,33 @@ def _seconds(coefficients: Floats, features: Floats) -> Floats:
 def _features(mix: Mix, balance: Balance, steps: Walk, memory: float) -> tuple[Floats, float]:
     """Features (n_steps, 4) of the steps, and the share of them whose prefill fills the budget.
 
-    Means are exact. Prefill varies from step to step as in the walk; decode sequences and KV tokens vary slowly and
-    independently of it, except that in a memory-bound step what is free or being filled is not read.
+    Prefill varies from step to step as in the walk; decode sequences and KV tokens vary slowly and independently of
+    it, except that in a memory-bound step what is free or being filled is not read. Means are set to the exact ones.
     """
     rate, slow = balance.rate, _slow(len(steps.prefill))
     full = steps.prefill >= balance.room - 1e-6
-    crowded = float(full.mean())
+    crowded, calm = float(full.mean()), 1 - float(full.mean())
     by_slot, by_memory = mix.variances
-    calm = 1 - crowded
     seats = rate * balance.life * balance.spread
     held = mix.held / balance.life
     decode = balance.decode + slow * np.sqrt(crowded * rate * by_slot + calm * memory * seats)
     decode = np.maximum(decode, 0.0)
-    prefill = np.where(full, np.maximum(balance.room - decode + balance.decode, 1.0), steps.prefill)
+    offered = rate * mix.prompt + steps.again
+    prefill = np.where(full, 0.0, steps.prefill)
+    prefill = _with_mean(prefill, max(offered - float((steps.prefill * full).mean()), 0.0))
+    prefill = np.where(full, np.maximum(balance.room - decode + balance.decode, 1.0), prefill)
     read = rate * mix.read
-    unread = (steps.free - steps.free.mean()) + (steps.prefill - steps.prefill.mean())
+    unread = (steps.free - steps.free.mean()) + (prefill - prefill.mean())
     kv = read + slow * np.sqrt(crowded * rate * by_memory + calm * (1 - memory) * seats * held**2)
-    kv = np.maximum(kv - memory * calm * unread, 0.0)
-    kv *= read / max(float(kv.mean()), 1e-9)
-    return np.column_stack([prefill, decode, kv, steps.pairs]), crowded
+    kv = _with_mean(np.maximum(kv - memory * calm * unread, 0.0), read)
+    pairs = _with_mean(steps.pairs, offered * mix.pairs / mix.prompt) if steps.over == 0 else steps.pairs
+    return np.column_stack([prefill, decode, kv, pairs]), crowded
+
+
+def _with_mean(x: Floats, mean: float) -> Floats:
+    """`x` scaled to `mean`, which it misses by the error of a sample only; unscaled where it misses by more."""
+    scale = mean / max(float(x.mean()), 1e-12)
+    return x * scale if 0.8 < scale < 1.25 else x
 
 
 def _slow(n: int) -> Floats:
