@@ -83,7 +83,8 @@ def at_rate(scenario: Scenario, rate: float) -> Scenario:
 
 def at_load(scenario: Scenario, load: float) -> Scenario:
     """The scenario with all arrivals scaled to `load` times the critical rate of the exact program's split."""
-    return at_rate(scenario, load * stability(scenario).critical_rate)
+    report = stability(scenario)
+    return at_rate(scenario, scenario.workload.total_rate * load * report.critical_rate / report.rate)
 
 
 def _loaded(scenario: Scenario | str | Path) -> Scenario:

@@ -60,7 +60,6 @@ def html_report(comparison: Comparison, pictures: dict[str, bytes]) -> str:
     names = ["policy", "fluid", "simulated", "margin"]
     heads = [f"<th>{name}</th>" for name in names]
     heads += [f"<th>{name}<br><span>{unit}</span></th>" for name, unit, _ in COLUMNS.values()]
-    notes = dict.fromkeys(note for outcome in comparison.outcomes for note in outcome.notes)
     failed = [f"{o.policy}: {o.status}" for o in comparison.outcomes if not o.ok]
     return PAGE.substitute(
         title=f"{escape(scenario.name)}: policies compared",
@@ -69,7 +68,7 @@ def html_report(comparison: Comparison, pictures: dict[str, bytes]) -> str:
         head="".join([*heads, "<th>gap</th>"]),
         rows="\n".join(_row(comparison, outcome) for outcome in comparison.outcomes),
         confidence=f"{scenario.evaluation.confidence:.0%}",
-        notes="\n".join(f'<p class="meta">{escape(text)}</p>' for text in [*failed, *notes]),
+        notes="\n".join(f'<p class="meta">{escape(text)}</p>' for text in [*failed, *comparison.notes]),
         figures="\n".join(_figure(name, svg) for name, svg in pictures.items()),
         version=__version__,
     )

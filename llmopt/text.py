@@ -14,6 +14,7 @@ from llmopt.plan import STATE_FEATURES, Plan, Router
 from llmopt.scenario import Scenario
 
 if TYPE_CHECKING:
+    from llmopt.assess import StabilityReport
     from llmopt.evaluate.comparison import Comparison, Outcome
     from llmopt.trace_summary import Spread
     from llmopt.traces import Trace
@@ -106,7 +107,7 @@ def _comparison_notes(comparison: Comparison) -> Iterator[RenderableType]:
     )
     if any(o.simulated and o.verdict != "stable" for o in comparison.outcomes):
         yield Text("* the backlog grows, so this number depends on how long was simulated", style="dim")
-    for note in dict.fromkeys(note for outcome in comparison.outcomes for note in outcome.notes):
+    for note in comparison.notes:
         yield Text(f"note: {note}", style="dim")
     for outcome in comparison.outcomes:
         if not outcome.ok:
@@ -190,6 +191,31 @@ def pairs(name: str, value: str, rows: dict[str, Any]) -> Table:
     for key, item in rows.items():
         number_like = isinstance(item, float | int) and not isinstance(item, bool)
         table.add_row(key, number(float(item), 4) if number_like else str(item))
+    return table
+
+
+def stability_view(report: StabilityReport, scenario: Scenario) -> Iterator[RenderableType]:
+    """Verdict and reasons, pools, and the load of every row of the stability polytope."""
+    yield Text(headline(scenario))
+    table = grid("pool", right=["replicas", "requests/s", "load", "±", "outer bound", "critical rate", "needed"])
+    for pool in report.pools:
+        critical = pool.rate / pool.load if pool.load > 0 else math.nan
+        loads = [number(x) for x in (pool.load, pool.load * pool.error, pool.outer_load, critical)]
+        table.add_row(pool.pool, str(pool.replicas), number(pool.rate), *loads, str(pool.replicas_needed))
+    yield table
+    yield _rows_table(report)
+    for sentence in report.sentences:
+        yield Text(sentence)
+
+
+def _rows_table(report: StabilityReport) -> Table:
+    """Loads by the outer bound: one line per pool and piece, one column per resource."""
+    resources = list(dict.fromkeys(row.resource for row in report.pools[0].rows))
+    table = grid("outer bound: load of", "piece", right=resources)
+    for pool in report.pools:
+        for piece in dict.fromkeys(row.piece for row in pool.rows):
+            loads = {row.resource: row.load for row in pool.rows if row.piece == piece}
+            table.add_row(pool.pool, piece, *(number(loads[resource]) for resource in resources))
     return table
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from llmopt.capacity import replica_capacity
+from llmopt.assess import assess
 from llmopt.errors import Infeasible, LLMOptError, PolicyError
 from llmopt.evaluate.comparison import QUANTILES, Comparison, Outcome, Simulated
 from llmopt.evaluate.fluid import evaluate_fluid
@@ -21,7 +21,6 @@ from llmopt.lengths import Floats
 from llmopt.plan import Router, check_plan
 from llmopt.policy import Policy
 from llmopt.scenario import Scenario
-from llmopt.stability import outer_factor
 from llmopt.workload import Requests
 
 Progress = Callable[[int, int, str], None]
@@ -133,11 +132,13 @@ class _Game:
         assert plan is not None and simulated is not None
         decided = plan.router.fractions if isinstance(plan.router, Router) else None
         fractions = simulated.fractions if decided is None else decided
-        load, notes = split_load(self.scenario, fractions)
-        margin = 1.0 / float(load.max()) if load.max() > 0 else float("inf")
+        theory = assess(self.scenario, fractions, router=policy.name)
+        notes = tuple(caveat for pool in theory.pools if pool.capacity for caveat in pool.capacity.caveats)
+        load = np.array([pool.load for pool in theory.pools])
         outcome = replace(outcome, fractions=fractions, load=load, notes=notes)
+        margin = theory.critical_rate / theory.rate
         if decided is not None:
-            return replace(outcome, margin=margin, outer=outer_factor(self.scenario, fractions))
+            return replace(outcome, margin=margin, error=theory.error, outer=theory.outer_rate / theory.rate)
         self.tell(f"{policy.name}: search for the margin", 0)
         found = simulated_margin(self.scenario, plan, self.arrivals, simulated.growth.stable, margin)
         return replace(outcome, margin=found, searched=True)
@@ -171,19 +172,6 @@ def summarise_runs(scenario: Scenario, seeds: Sequence[int], runs: Sequence[SimR
         tpot=_quantiles([run.tpot[m] for run, m in zip(runs, measured, strict=True)]),
         fractions=realised_split(scenario, runs),
     )
-
-
-def split_load(scenario: Scenario, fractions: Floats) -> tuple[Floats, tuple[str, ...]]:
-    """Estimated load of each pool, shape (n_pools,), under a split, and what the estimate does not cover."""
-    classes, rates = scenario.workload.classes, scenario.workload.rates[:, None] * fractions
-    load, notes = np.zeros(len(scenario.pools)), []
-    for j, pool in enumerate(scenario.pools):
-        total = float(rates[:, j].sum())
-        if total > 0:
-            capacity = replica_capacity(pool, classes, rates[:, j])
-            load[j] = total / (pool.replicas * capacity.rate)
-            notes += [f"pool {pool.name!r}: {caveat}" for caveat in capacity.caveats]
-    return load, tuple(notes)
 
 
 def _quantiles(samples: Sequence[Floats]) -> Floats:

@@ -6,6 +6,7 @@ block of their own (`timings`), so that the rest has the same bytes in every run
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,10 +56,10 @@ class Outcome:
 
     status: "ok", or why the policy has no (complete) result; fractions (n_classes, n_pools): the split the policy
     decided or, where it decides by state, the split that came about; load (n_pools,): estimated load of each pool under
-    it; margin: the factor by which all arrivals could grow (below 1: they are too many already), for a decided split
-    by the step-mean estimate, for a rule that decides by state by a search with the simulator (`searched`); outer: the
-    same by the outer bound, for a decided split; notes: what the estimate does not cover. The seconds are wall-clock:
-    planning, of that building and solving, the fluid model, simulating all seeds.
+    it; margin: the factor by which all arrivals could grow (below 1: they are too many already), for a decided split by
+    the step-mean estimate with its relative half-width `error`, for a rule that decides by state by a search with the
+    simulator (`searched`); outer: the same by the outer bound, for a decided split; notes: what the estimate does not
+    cover. The seconds are wall-clock: planning, of that building and solving, the fluid model, simulating all seeds.
     """
 
     policy: str
@@ -69,6 +70,7 @@ class Outcome:
     fractions: Floats | None = None
     load: Floats | None = None
     margin: float = float("nan")
+    error: float = float("nan")
     searched: bool = False
     outer: float = float("nan")
     notes: tuple[str, ...] = ()
@@ -118,6 +120,12 @@ class Comparison:
     def served(self) -> bool:
         """Whether at least one policy is stable in the simulator."""
         return any(outcome.verdict == "stable" for outcome in self.outcomes)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the theory does not cover, each kind of note once, whatever the numbers in it."""
+        every = (note for outcome in self.outcomes for note in outcome.notes if not outcome.searched)
+        return tuple({re.sub(r"[\d.]+%?", "#", note): note for note in reversed(list(every))}.values())[::-1]
 
     def difference(self, a: str, b: str, metric: str) -> Estimate:
         """Mean of `metric` of policy `a` minus that of `b`, paired by seed, with its interval."""
@@ -200,6 +208,7 @@ class Comparison:
         row |= {"fluid": outcome.fluid_verdict, "simulated": outcome.verdict}
         row |= {
             "margin": outcome.margin,
+            "error": outcome.error,
             "searched": outcome.searched,
             "outer_margin": outcome.outer,
             "gap": outcome.gap,
@@ -217,6 +226,7 @@ class Comparison:
             "policy": outcome.policy,
             "status": outcome.status,
             "margin": outcome.margin,
+            "error": outcome.error,
             "searched": outcome.searched,
             "outer_margin": outcome.outer,
             "fractions": outcome.fractions,
