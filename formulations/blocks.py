@@ -18,6 +18,7 @@ from llmopt.lengths import Floats
 
 SERVED = "every request of the class is served"
 STABLE = "the pool can be stable"
+_ROUNDING = 1e-7
 ESTIMATED = "the pool is stable by the step-mean estimate"
 
 
@@ -73,11 +74,13 @@ def tpot(m: Any, data: RoutingData, required: Floats, count: Sequence[Any]) -> A
 
 
 def replicas(m: Any, data: RoutingData) -> Any:
-    """used_j <= n_j: a plan uses no more replicas than there are.                                               (6)"""
+    """used_j <= n_j (1 + over): no more replicas than exist; `over` is 0 unless cuts need it.                    (6)"""
     import pyomo.environ as pyo
 
     count = dict(zip(data.pools, data.replicas.tolist(), strict=True))
-    return pyo.Constraint(data.pools, rule=lambda m, pool: m.used[pool] <= count[pool], doc="replicas that exist")
+    return pyo.Constraint(
+        data.pools, rule=lambda m, pool: m.used[pool] <= count[pool] * (1 + m.over), doc="replicas that exist"
+    )
 
 
 def tpot_of_pools(data: RoutingData) -> tuple[RoutingData, Floats]:
@@ -136,9 +139,36 @@ def _set_in_cvxpy(problem: Any, routing: Routing) -> None:
     replace_rows(problem, [c for c in problem.constraints if c.label != "estimate"] + [rows])
 
 
-def replace_rows(problem: Any, constraints: Sequence[Any]) -> None:
-    """CVXPY problems cannot grow, so the same object is initialised again with other constraints."""
-    type(problem).__init__(problem, problem.objective, list(constraints))
+def replace_rows(problem: Any, constraints: Sequence[Any], objective: Any = None) -> None:
+    """CVXPY problems cannot grow, so the same object is initialised again, without what it remembers of its past."""
+    goal, own = objective or problem.objective, {k: problem.__dict__[k] for k in ("name", "routing")}
+    problem.__dict__.clear()
+    type(problem).__init__(problem, goal, list(constraints))
+    problem.__dict__.update(own)
+
+
+def value(model: Any, name: str) -> Any:
+    """Loaded value of a scalar, or array of an indexed, variable of either modeller."""
+    if hasattr(model, "var_dict"):
+        return (
+            np.asarray(model.var_dict[name].value) if model.var_dict[name].shape else float(model.var_dict[name].value)
+        )
+    variable = getattr(model, name)
+    return np.array([v.value for v in variable.values()]) if variable.is_indexed() else float(variable.value)
+
+
+def split(model: Any) -> Floats:
+    """Loaded x as a table of shape (n_classes, n_pools), without the tiny negatives of interior points."""
+    return np.asarray(model.routing.data.table(np.maximum(value(model, "x"), 0.0)))
+
+
+def refuse_shortage(name: str, over: float, what: str) -> None:
+    """Raise Infeasible if the cuts of the estimate left a relative shortage of replicas."""
+    if over > _ROUNDING:
+        raise Infeasible(
+            f"{name}: by the step-mean estimate these rates need {over:.1%} more {what}, though the bound (1) would "
+            "allow them; add replicas or lower the rate"
+        )
 
 
 def _linear(coefficients: list[float], variables: list[Any]) -> Any:
@@ -162,9 +192,10 @@ def within(
     return _labelled(data.usage(rows) @ x <= count[pool], label, keys, sentence)
 
 
-def at_most_load(load: Any, data: RoutingData, most: float) -> Any:
-    """rho_j <= most, so that the queue stays finite.                                                            (7)"""
-    return _labelled(load <= most * np.ones(len(data.pools)), "load", data.pools, f"load at most {most:g}")
+def at_most_load(load: Any, data: RoutingData, most: float, over: Any = 0.0) -> Any:
+    """rho_j <= most (1 + over), so that queues stay finite; `over` is 0 unless cuts need it.                     (7)"""
+    ones = np.ones(len(data.pools))
+    return _labelled(load - most * over * ones <= most * ones, "load", data.pools, f"load at most {most:g}")
 
 
 def tangent(delay: Any, load: Any, at: Floats) -> Any:

@@ -139,7 +139,12 @@ def estimated_needs(scenario: Scenario, fractions: Floats) -> Floats:
 
 
 def revise_cuts(
-    scenario: Scenario, routing: Routing, fractions: Floats, needs: Floats, room: Floats, accuracy: float
+    scenario: Scenario,
+    routing: Routing,
+    fractions: Floats,
+    room: Floats,
+    accuracy: float,
+    needs: Floats | None = None,
 ) -> int:
     """Bring the cuts of `routing` up to date with the solution at hand; return how many changed, 0 if they agree.
 
@@ -152,13 +157,16 @@ def revise_cuts(
     ----------
     fractions
         Shape (n_classes, n_pools), scaled by the margin if the program scales them.
-    needs, room
-        Replicas that each pool needs by the estimate, and that the program granted; shape (n_pools,).
+    room
+        Replicas that the program granted each pool, shape (n_pools,).
     accuracy
         Relative difference that is accepted; inf for no cuts.
+    needs
+        Replicas that each pool needs by the estimate, shape (n_pools,), if they are known already.
     """
     if not np.isfinite(accuracy):
         return 0
+    needs = estimated_needs(scenario, fractions) if needs is None else needs
     flow, changed = routing.data.rates[:, None] * fractions, 0
     for j, pool in enumerate(scenario.pools):
         at, low, high = flow[:, j], room[j] * (1 - accuracy), room[j] * (1 + accuracy)

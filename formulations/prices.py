@@ -10,6 +10,7 @@ import numpy as np
 from formulations.data import Routing, RoutingData, Row, estimated_needs
 from llmopt.capacity import estimated_load
 from llmopt.lengths import Floats
+from llmopt.plan import Plan, split_router
 from llmopt.scenario import Pool, Scenario
 from llmopt.solution import Solve
 from llmopt.stability import pool_loads
@@ -17,6 +18,16 @@ from llmopt.stability import pool_loads
 RESOURCE_UNITS = {"kv": ("kv_1000_tokens", 1000.0), "batch": ("batch_slot", 1.0), "tokens": ("budget_token", 1.0)}
 _STEP = 0.05
 _TINY = 1e-300
+
+
+def split_plan(name: str, scenario: Scenario, x: Floats, **figures: Any) -> Plan:
+    """A static split, kept as exactly as whole requests allow; inside a pool least 4 x waiting + running.
+
+    That is the score of vLLM's data-parallel load balancer; unlike outstanding tokens it needs no output lengths.
+    """
+    fractions = x / x.sum(axis=1, keepdims=True)
+    router = split_router(scenario, fractions, spread="cyclic", waiting=4.0, running=1.0)
+    return Plan(name, router, figures={**split_figures(scenario, fractions), **figures})
 
 
 def split_figures(scenario: Scenario, fractions: Floats) -> dict[str, Any]:

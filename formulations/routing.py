@@ -14,9 +14,9 @@ import numpy as np
 
 from formulations import blocks
 from formulations.data import Routing, RoutingData, estimated_needs, revise_cuts
-from formulations.prices import binding_rows, pool_duals, resource_prices, split_figures
+from formulations.prices import binding_rows, pool_duals, resource_prices, split_plan
 from llmopt.lengths import Floats
-from llmopt.plan import Plan, split_router
+from llmopt.plan import Plan
 from llmopt.scenario import Scenario
 from llmopt.solution import Solve
 
@@ -50,14 +50,13 @@ class MaxMargin:
     def extract(self, model: Any, solve: Solve, scenario: Scenario) -> Plan:
         """The best split seen, with prices in requests/s; `bound_rate` is what (1) allows under any routing."""
         routing: Routing = model.routing
-        prices = resource_prices(
-            scenario, routing, solve, _values(model), pool_duals(routing, solve.duals), scenario.workload.total_rate
-        )
+        replica, total = pool_duals(routing, solve.duals), scenario.workload.total_rate
+        prices = resource_prices(scenario, routing, solve, blocks.split(model), replica, total)
         return _margin_plan(
             self,
             model,
             scenario,
-            bound_rate=(routing.first or solve.objective) * scenario.workload.total_rate,
+            bound_rate=(routing.first or solve.objective) * total,
             prices=prices,
             price_unit="requests/s",
             binding=binding_rows(routing, solve.duals),
@@ -112,7 +111,10 @@ class MinCost:
         m.x = blocks.fractions(data)
         m.used = pyo.Var(data.pools, bounds=(0, None), doc="replicas in use, fractional")
         used = [m.used[name] for name in data.pools]
-        m.total = pyo.Objective(expr=sum(float(w) * n for w, n in zip(weight, used, strict=True)))
+        m.over = pyo.Var(bounds=(0, None), initialize=0.0, doc="relative shortage of replicas")
+        m.over.fix()
+        penalty = _PENALTY * float(weight @ data.replicas)
+        m.total = pyo.Objective(expr=sum(float(w) * n for w, n in zip(weight, used, strict=True)) + penalty * m.over)
         m.tpot = blocks.tpot(m, data, required, used)
         m.replicas = blocks.replicas(m, data)
         m.stability = blocks.stability(m, data, [self.load * n for n in used])
@@ -121,18 +123,26 @@ class MinCost:
         return m
 
     def tighten(self, model: Any, scenario: Scenario) -> int:
-        """Cut with the step-mean estimate where a pool needs more than `load` times the replicas in use."""
-        x, room = _values(model), self.load * np.array([n.value for n in model.used.values()])
-        return _revise(model, scenario, x, estimated_needs(scenario, x), room, self.accuracy)
+        """Cut with the step-mean estimate where a pool needs more than `load` times the replicas in use.
+
+        A cut may be wrong by more than the slack of a tight program, so that from now on a shortage is penalised
+        rather than refused; the cuts are revised where it leads.
+        """
+        x, room = blocks.split(model), self.load * blocks.value(model, "used")
+        model.over.unfix()
+        return _revise(model, scenario, x, room, self.accuracy)
 
     def extract(self, model: Any, solve: Solve, scenario: Scenario) -> Plan:
         """Read the split and the replicas in use; prices are savings of the objective."""
+        blocks.refuse_shortage(
+            self.name, blocks.value(model, "over"), f"replicas than there are at a load of {self.load:g}"
+        )
         routing: Routing = model.routing
-        x = _values(model)
+        x = blocks.split(model)
         replica = np.array([solve.duals[f"replicas[{pool}]"] for pool in routing.data.pools])
         if self.objective == "load":
             replica = replica - solve.objective / routing.data.replicas.sum()
-        return _plan(
+        return split_plan(
             self.name,
             scenario,
             x,
@@ -156,7 +166,7 @@ class MinDelay:
 
     gap: float = 1e-5
     most: float = 0.99
-    accuracy: float = 0.002
+    accuracy: float = 0.0005
     cone: bool = False
     name: str = "min-delay"
 
@@ -182,22 +192,35 @@ class MinDelay:
     def tighten(self, model: Any, scenario: Scenario) -> int:
         """Tangents at the current loads while the gap is open, and cuts of the step-mean estimate."""
         routing: Routing = model.routing
-        x, load, value = _values(model), model.var_dict["load"].value, float(model.value)
-        needs, room = estimated_needs(scenario, x), routing.data.replicas * load
-        changed = _revise(model, scenario, x, needs, room, self.accuracy)
-        if not self.cone and _delay(routing, load, scenario) > value * (1 + self.gap):
+        x, load, value = blocks.split(model), blocks.value(model, "load"), float(model.value)
+        changed = _revise(model, scenario, x, routing.data.replicas * load, self.accuracy)
+        if changed and not self.cone and "over" not in model.var_dict:
+            self._soften(model)
+        if not self.cone and load.max() < 1 and _delay(routing, load, scenario) > value * (1 + self.gap):
             touching = blocks.tangent(model.var_dict["delay"], model.var_dict["load"], load)
             blocks.replace_rows(model, [*model.constraints, touching])
             changed += len(load)
         return changed
 
+    def _soften(self, model: Any) -> None:
+        """Penalise a load above `most` rather than refuse it, since cuts may be wrong by more than the slack."""
+        import cvxpy as cp
+
+        over, data = cp.Variable(nonneg=True, name="over"), model.routing.data
+        limit = blocks.at_most_load(model.var_dict["load"], data, self.most, over)
+        rest = [c for c in model.constraints if c.label != "load"]
+        penalty = _PENALTY * float(data.replicas.sum() / data.rates.sum())
+        blocks.replace_rows(model, [*rest, limit], cp.Minimize(model.objective.expr + penalty * over))
+
     def extract(self, model: Any, solve: Solve, scenario: Scenario) -> Plan:
         """Read the split; the value is the true delay at the split, the bound is what the program proved."""
         routing: Routing = model.routing
-        x, load = _values(model), np.asarray(model.var_dict["load"].value)
+        if "over" in model.var_dict:
+            blocks.refuse_shortage(self.name, blocks.value(model, "over"), f"replicas at a load of {self.most:g}")
+        x, load = blocks.split(model), blocks.value(model, "load")
         value = _delay(routing, load, scenario)
         replica = load / (1 - load) / scenario.workload.total_rate + load * pool_duals(routing, solve.duals)
-        plan = _plan(
+        plan = split_plan(
             self.name,
             scenario,
             x,
@@ -210,6 +233,7 @@ class MinDelay:
 
 
 _PATIENCE = 3
+_PENALTY = 1e5
 _KNOTS = 1.0 - 0.75 ** np.arange(16)
 
 
@@ -235,13 +259,15 @@ def _max_margin_in_cvxpy(data: RoutingData) -> Any:
 
     x, margin = cp.Variable(len(data.pairs), nonneg=True, name="x"), cp.Variable(nonneg=True, name="margin")
     rows = [blocks.within(x, data, data.rows, data.replicas), blocks.served_by(x, data, margin)]
-    return cp.Problem(cp.Maximize(margin), rows)
+    problem: Any = cp.Problem(cp.Maximize(margin), rows)
+    problem.name = "max-margin"
+    return problem
 
 
 def _tighten_margin(model: Any, scenario: Scenario, accuracy: float) -> int:
     """Cut, and remember the split with the margin that the estimate gives it; stop when three rounds gained nothing."""
     routing: Routing = model.routing
-    x, margin = _values(model), _margin(model)
+    x, margin = blocks.split(model), blocks.value(model, "margin")
     routing.first = margin if routing.first is None else routing.first
     if not np.isfinite(accuracy):
         return 0
@@ -250,11 +276,13 @@ def _tighten_margin(model: Any, scenario: Scenario, accuracy: float) -> int:
     margins = [tried for tried, _ in routing.tried]
     if len(margins) > _PATIENCE and max(margins[-_PATIENCE:]) <= max(margins[:-_PATIENCE]) * (1 + accuracy):
         return 0
-    return _revise(model, scenario, x, needs, routing.data.replicas, accuracy)
+    return _revise(model, scenario, x, routing.data.replicas, accuracy, needs)
 
 
-def _revise(model: Any, scenario: Scenario, x: Floats, needs: Floats, room: Floats, accuracy: float) -> int:
-    changed = revise_cuts(scenario, model.routing, x, needs, room, accuracy)
+def _revise(
+    model: Any, scenario: Scenario, x: Floats, room: Floats, accuracy: float, needs: Floats | None = None
+) -> int:
+    changed = revise_cuts(scenario, model.routing, x, room, accuracy, needs)
     if changed:
         blocks.set_cuts(model)
     return changed
@@ -263,31 +291,9 @@ def _revise(model: Any, scenario: Scenario, x: Floats, needs: Floats, room: Floa
 def _margin_plan(formulation: MaxMargin | FewPools, model: Any, scenario: Scenario, **figures: Any) -> Plan:
     """The plan of the best split seen, by the estimate."""
     routing: Routing = model.routing
-    x, margin = _values(model), _margin(model)
+    x, margin = blocks.split(model), blocks.value(model, "margin")
     _, best = max([*routing.tried, (0.0, x / margin)], key=lambda tried: tried[0])
-    return _plan(formulation.name, scenario, best, **figures)
-
-
-def _plan(name: str, scenario: Scenario, x: Floats, **figures: Any) -> Plan:
-    """A static split, kept as exactly as whole requests allow; inside a pool least 4 x waiting + running.
-
-    That is the score of vLLM's data-parallel load balancer; unlike outstanding tokens it needs no output lengths.
-    """
-    fractions = x / x.sum(axis=1, keepdims=True)
-    router = split_router(scenario, fractions, spread="cyclic", waiting=4.0, running=1.0)
-    return Plan(name, router, figures={**split_figures(scenario, fractions), **figures})
-
-
-def _values(model: Any) -> Floats:
-    """Loaded values of x as a table (n_classes, n_pools)."""
-    routing: Routing = model.routing
-    if hasattr(model, "var_dict"):
-        return routing.data.table(np.maximum(model.var_dict["x"].value, 0.0))
-    return routing.data.table([x.value for x in model.x.values()])
-
-
-def _margin(model: Any) -> float:
-    return float((model.var_dict["margin"] if hasattr(model, "var_dict") else model.margin).value)
+    return split_plan(formulation.name, scenario, best, **figures)
 
 
 def _largest_alone(data: RoutingData) -> Floats:

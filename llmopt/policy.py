@@ -62,7 +62,7 @@ class Optimized:
 
     formulation: Formulation
     options: SolveOptions = DEFAULT_OPTIONS
-    rounds: int = 10
+    rounds: int = 20
 
     @property
     def name(self) -> str:

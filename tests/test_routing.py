@@ -17,6 +17,7 @@ from scipy.optimize import linprog, minimize
 import formulations
 from formulations import POLICIES
 from formulations.routing import FewPools, MaxMargin, MinCost, MinDelay
+from llmopt.capacity import estimated_load
 from llmopt.errors import Infeasible
 from llmopt.plan import check_plan
 from llmopt.policy import Optimized
@@ -219,6 +220,18 @@ def roofline() -> Scenario:
     )
 
 
+@pytest.mark.parametrize("modeler", ["pyomo", "cvxpy"])
+def test_cuts_close_the_gap_between_program_and_estimate(modeler):
+    case = roofline()
+    loose, tight = solved(MaxMargin(accuracy=OUTER), case), solved(MaxMargin(modeler=modeler), case)
+    total = case.workload.total_rate
+    assert loose.figures["critical_rate"] < 0.97 * loose.solve.objective * total
+    assert tight.solve.rounds > 1 and tight.figures["bound_rate"] == pytest.approx(loose.figures["bound_rate"])
+    assert tight.figures["critical_rate"] == pytest.approx(tight.solve.objective * total, rel=0.005)
+    assert tight.figures["critical_rate"] >= loose.figures["critical_rate"]
+    assert any("cut" in row for row in tight.figures["binding"])
+
+
 def larger(case, j, **values):
     return case.replace(**{f"pools.{j}.{key}": value for key, value in values.items()})
 
@@ -270,6 +283,58 @@ def test_prices_are_finite_differences(kind, j, key, step, price):
     slope = (high - low) / (2 * step) * unit * (1 if value == "outer_rate" else -1)
     found = solved(formulation, case).figures["prices"][case.pools[j].name][price]
     assert found == pytest.approx(slope, rel=0.03, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("key", "step", "price"),
+    [("replicas", 4, "replica"), ("kv_capacity", 4000, "kv_1000_tokens"), ("max_batch", 4, "batch_slot")],
+)
+@pytest.mark.parametrize("j", [0, 1])
+def test_prices_with_cuts_are_near_finite_differences(j, key, step, price):
+    """The estimate is a mean over whole requests, so its slope in a capacity is good to some 15 percent."""
+    case = roofline().replace(**{"pools.0.replicas": 40, "pools.1.replicas": 80})
+    plan = solved(MaxMargin(accuracy=1e-5), case)
+    more = solved(MaxMargin(accuracy=1e-5), larger(case, j, **{key: getattr(case.pools[j], key) + step}))
+    unit = 1000 if price == "kv_1000_tokens" else 1
+    slope = (more.solve.objective - plan.solve.objective) * case.workload.total_rate / step * unit
+    assert plan.figures["prices"][case.pools[j].name][price] == pytest.approx(slope, rel=0.2, abs=0.05)
+
+
+@pytest.mark.parametrize("formulation", [MinCost(), MinCost("load"), MinDelay(), MinDelay(cone=True)], ids=str)
+def test_every_program_grants_what_the_estimate_says_is_needed(formulation):
+    case = roofline()
+    plan = solved(formulation, case)
+    load = plan.figures["load"]
+    if isinstance(formulation, MinCost):
+        used = plan.figures["replicas_used"]
+        assert all(load[p.name] * p.replicas <= 0.9 * used[p.name] * 1.002 + 1e-9 for p in case.pools)
+    else:
+        n, rate = {p.name: p.replicas for p in case.pools}, case.workload.total_rate
+        felt = sum(n[k] * rho / (1 - rho) for k, rho in load.items()) / rate
+        assert plan.figures["mean_delay"] == pytest.approx(felt, rel=0.002)
+
+
+def test_cuts_find_the_best_split_that_a_grid_finds():
+    case = roofline()
+    rates, classes = case.workload.rates, case.workload.classes
+    best = 0.0
+    for a in np.linspace(0, 1, 11):
+        for b in np.linspace(0, 1, 11):
+            split = np.array([[a, 1 - a], [b, 1 - b]])
+            loads = [estimated_load(p, classes, rates * split[:, j]) for j, p in enumerate(case.pools)]
+            best = max(best, rates.sum() / max(loads))
+    assert solved(MaxMargin(), case).figures["critical_rate"] > 0.998 * best
+
+
+def test_a_program_that_only_the_estimate_forbids_says_so():
+    case = roofline()
+    margin = solved(MaxMargin(), case).figures["critical_rate"] / case.workload.total_rate
+    rates = {f"workload.classes.{c}.rate": float(r) for c, r in enumerate(0.95 * margin * case.workload.rates)}
+    with pytest.raises(Infeasible, match=r"min-cost: by the step-mean estimate these rates need \d\.\d% more replicas"):
+        solved(MinCost(), case.replace(**rates))
+    rates = {key: rate / 0.95 for key, rate in rates.items()}
+    with pytest.raises(Infeasible, match=r"min-delay: by the step-mean estimate"):
+        solved(MinDelay(), case.replace(**rates))
 
 
 def test_min_cost_fills_the_cheapest_pool_first():
