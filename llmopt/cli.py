@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 NO = 1
+WIDTH = 200
+"""Columns of a table without a terminal; sentences are not wrapped there at all."""
 INTERRUPTED = 130
 
 
@@ -251,12 +253,13 @@ def deliver(json_file: str | None, data: Callable[[], Any]) -> bool:
 def show(parts: Iterable[RenderableType]) -> None:
     """Print to standard output, as wide as the terminal, or as the tables need without one."""
     from rich.console import Console
+    from rich.text import Text
 
-    console = Console(highlight=False, soft_wrap=False)
+    console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=160)
+        console = Console(highlight=False, width=WIDTH)
     for part in parts:
-        console.print(part)
+        console.print(part, soft_wrap=not console.is_terminal and isinstance(part, str | Text))
 
 
 def _write_comparisons(comparisons: Sequence[Comparison], json_file: str | None, report: str | None) -> None:

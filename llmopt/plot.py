@@ -53,6 +53,8 @@ def backlog_figure(comparison: Comparison) -> Figure:
     axes = figure.subplots(-(-len(shown) // columns) or 1, columns, sharex=True, sharey=True, squeeze=False)
     for axis, outcome in zip(axes.flat, shown, strict=False):
         _backlog_panel(axis, outcome)
+    most = max((o.simulated.waiting.sum(axis=1).max() for o in shown if o.simulated is not None), default=1.0)
+    axes.flat[0].set_ylim(0, 1.04 * max(float(most), 1.0))
     for axis in axes.flat[len(shown) :]:
         axis.set_axis_off()
     figure.supxlabel("time (minutes)")
@@ -149,7 +151,6 @@ def _backlog_panel(axis: Axes, outcome: Outcome) -> None:
     if outcome.fluid is not None:
         inside = outcome.fluid.times <= (np.inf if outcome.simulated is None else outcome.simulated.times[-1])
         axis.plot(outcome.fluid.times[inside] / 60, outcome.fluid.backlog[inside].sum(axis=1), "--", color="k", lw=0.9)
-    axis.set_ylim(bottom=0)
     axis.set_title(f"{outcome.policy}: {outcome.verdict or 'not simulated'}", color=colour)
 
 
