@@ -16,13 +16,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmopt.capacity import estimated_load
 from llmopt.evaluate.fluid_route import Instant, Spread, spread_of
 from llmopt.evaluate.fluid_state import Cells
 from llmopt.evaluate.growth import Growth, growth
 from llmopt.lengths import Floats
 from llmopt.plan import Plan, Router, check_plan
 from llmopt.scenario import Scenario
+from llmopt.stability import stability_rows
 
 STEPS = 600
 """Time steps of a run; more where the arrival profile has short pieces, up to `MOST_STEPS`."""
@@ -41,9 +41,9 @@ class FluidRun:
 
     times (n_t,) s; backlog (n_t, n_pools) and by_class (n_t, n_classes): requests waiting; fractions (n_classes,
     n_pools): the split that came about. After the horizon arrivals go on at their mean rate, and once the backlog had
-    time to settle: load (n_pools,): estimated load under the split; growth: of the fastest growing pool; stable:
-    whether it is none; drain_time: seconds from the horizon until the backlog is at its lasting level (0 if it never
-    was above it, inf if unstable).
+    time to settle: load (n_pools,): estimated load under the split that lasts; growth: of the fastest growing pool;
+    stable: whether it is none; drain_time: seconds from the horizon until the backlog is at its lasting level (0 if it
+    never was above it, inf if unstable).
     """
 
     times: Floats
@@ -70,7 +70,7 @@ def evaluate_fluid(scenario: Scenario, plan: Plan, horizon: float | None = None)
     tank = _Tank(cells, spread_of(plan, scenario, cells))
     arrivals = arriving(scenario, span)
     rates = arrivals.sum(axis=0) / _covered(scenario, span)
-    cells.slowdown.guess(rates)
+    cells.slowdown.guess(rates[:, None] * _first_split(scenario, plan))
     run = tank.fill(arrivals, span / len(arrivals))
     after, late = (tank.fill(np.tile(rates * dt, (STEPS, 1)), dt) for dt in [span * SETTLE / STEPS] * 2)
     fractions, lasting = (_split(_by_pool(part.sent, cells)) for part in (run, late))
@@ -80,7 +80,7 @@ def evaluate_fluid(scenario: Scenario, plan: Plan, horizon: float | None = None)
         times=run.times,
         backlog=waiting.sum(axis=1),
         by_class=waiting.sum(axis=2),
-        load=_loads(scenario, lasting, rates),
+        load=_loads(scenario, cells, rates[:, None] * lasting),
         fractions=fractions,
         growth=verdict,
         drain_time=_drained(after, late) if verdict.stable else float("inf"),
@@ -182,9 +182,16 @@ def _split(sent: Floats) -> Floats:
     return np.asarray(np.where(total > 0, sent / np.maximum(total, 1e-300), 1.0 / sent.shape[1]))
 
 
-def _loads(scenario: Scenario, fractions: Floats, rates: Floats) -> Floats:
-    columns = zip(scenario.pools, (rates[:, None] * fractions).T, strict=True)
-    return np.array([estimated_load(pool, scenario.workload.classes, column) for pool, column in columns])
+def _first_split(scenario: Scenario, plan: Plan) -> Floats:
+    """The plan's fractions, or every pool that can hold the class, shape (n_classes, n_pools)."""
+    fractions: Floats | None = getattr(plan.router, "fractions", None)
+    return np.array(scenario.allowed, dtype=float) if fractions is None else fractions
+
+
+def _loads(scenario: Scenario, cells: Cells, rates: Floats) -> Floats:
+    """Largest row (1) of each pool, times the slowdown at which its cells ended; `rates` (n_classes, n_pools)."""
+    rows = [r.loads(column).max() for r, column in zip(stability_rows(scenario), rates.T, strict=True)]
+    return np.asarray(rows * _by_pool(cells.slowdown.factor, cells) / np.bincount(cells.pool))
 
 
 def _fastest(times: Floats, backlog: Floats, rate: float) -> Growth:

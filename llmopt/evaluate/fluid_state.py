@@ -14,10 +14,10 @@ from llmopt.scenario import Pool, Scenario
 from llmopt.stability import PoolRows, stability_rows
 from llmopt.workload import RequestClass
 
-MIX_MOVE = 0.02
+MIX_MOVE = 0.05
 """Change of a class mix (sum over classes) from which the step-mean estimate is asked again."""
 
-FADE = 0.8
+FADE = 0.9
 """Weight of the past in the mix, so that the luck of sample requests averages out."""
 
 
@@ -93,9 +93,9 @@ class Slowdown:
         self.mix = np.zeros((len(self.scenario.workload.classes), len(self.pool)))
         self.inflow = self.mix.copy()
 
-    def guess(self, rates: Floats) -> None:
-        """Start from the mean class `rates` (n_classes,); the guess weighs nothing against what is seen."""
-        self.update(1e-9 * rates[:, None] * np.array(self.scenario.allowed)[:, self.pool])
+    def guess(self, inflow: Floats) -> None:
+        """Start from the mix of `inflow` (n_classes, n_pools), which weighs nothing against what is seen later."""
+        self.update(1e-9 * inflow[:, self.pool])
 
     def update(self, inflow: Floats) -> None:
         """Take in `inflow` (n_classes, n_cells) and ask the step-mean estimate where the recent mix has moved."""
