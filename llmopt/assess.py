@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llmopt.arrivals import Bursts, Piecewise
 from llmopt.capacity import Capacity, replica_capacity
 from llmopt.errors import ScenarioError
 from llmopt.lengths import Floats
@@ -17,6 +16,7 @@ from llmopt.stability import PoolRows, stability_rows
 
 TARGET_LOAD = 0.9
 """Load that a pool is sized for: N = ceil(lambda / (0.9 mu)), Nie, Si & Zhou 2605.04595, section 7.1."""
+MINUTE = 60.0
 PLAIN_SPLIT = "in proportion to what the pools could serve of each class alone"
 Verdict = Literal["stable", "unstable", "too close to call"]
 
@@ -106,12 +106,10 @@ def assess(scenario: Scenario, fractions: Floats | None = None, router: str = ""
     split = plain_split(scenario) if fractions is None else np.asarray(fractions, dtype=float)
     if split.shape != shape:
         raise ScenarioError(f"fractions have shape {split.shape}, not {shape}; give one row per class, one per pool")
-    mean, peak = profile(scenario)
-    rates = scenario.workload.rates[:, None] * split * mean
+    peak = peak_factor(scenario)
+    rates = scenario.workload.rates[:, None] * split
     rows = stability_rows(scenario)
-    pools = tuple(
-        _pool_report(scenario, pool, rows[j], rates[:, j], peak / mean) for j, pool in enumerate(scenario.pools)
-    )
+    pools = tuple(_pool_report(scenario, pool, rows[j], rates[:, j], peak) for j, pool in enumerate(scenario.pools))
     return _report(router or (PLAIN_SPLIT if fractions is None else "given split"), split, pools)
 
 
@@ -130,17 +128,13 @@ def plain_split(scenario: Scenario) -> Floats:
     return np.asarray(alone / alone.sum(axis=1, keepdims=True))
 
 
-def profile(scenario: Scenario) -> tuple[float, float]:
-    """Mean and largest factor on the workload's rate: 1 and 1 unless arrivals follow a profile in time."""
-    arrivals = scenario.workload.arrivals
-    if not isinstance(arrivals, Piecewise | Bursts):
-        return 1.0, 1.0
-    lap = arrivals.on + arrivals.off if isinstance(arrivals, Bursts) else arrivals.period
-    horizon = lap or scenario.evaluation.horizon
-    starts, factors = arrivals.profile(horizon)
-    factors, starts = factors[starts < horizon], starts[starts < horizon]
-    mean = float(factors @ np.diff(np.append(starts, horizon))) / horizon
-    return mean, float(factors.max())
+def peak_factor(scenario: Scenario) -> float:
+    """Largest arrival rate over the mean: of the profile in time, or of the busiest minute of a replayed trace."""
+    replay = scenario.workload.replay
+    if replay is not None and len(replay):
+        minutes = np.bincount((replay.arrival // MINUTE).astype(int))
+        return float(minutes.max() / minutes.mean())
+    return float(scenario.workload.arrivals.profile(scenario.evaluation.horizon)[1].max())
 
 
 def _pool_report(scenario: Scenario, pool: Pool, rows: PoolRows, rates: Floats, peak: float) -> PoolReport:

@@ -25,7 +25,7 @@ from llmopt.workload import RequestClass
 
 ERROR = 0.015
 """Half-width where requests are small against memory: 95 % of the 200 draws of benchmarks/capacity_study.py lie in."""
-ERROR_LARGE = 0.15
+ERROR_LARGE = 0.2
 """Added per share of the KV memory that the largest request takes: the walk knows the running set by its mean only."""
 ERROR_OVER = 0.5
 """Added per share of the step time that goes to over-admitted requests, a cruder part of the walk."""
