@@ -130,11 +130,11 @@ def plain_split(scenario: Scenario) -> Floats:
 
 def peak_factor(scenario: Scenario) -> float:
     """Largest arrival rate over the mean: of the profile in time, or of the busiest minute of a replayed trace."""
-    replay = scenario.workload.replay
-    if replay is not None and len(replay):
-        minutes = np.bincount((replay.arrival // MINUTE).astype(int))
-        return float(minutes.max() / minutes.mean())
-    return float(scenario.workload.arrivals.profile(scenario.evaluation.horizon)[1].max())
+    horizon = scenario.evaluation.horizon
+    if scenario.workload.replay is None:
+        return float(scenario.workload.arrivals.profile(horizon)[1].max())
+    minutes = np.bincount((scenario.workload.sample(horizon, 0).arrival // MINUTE).astype(int), minlength=1)
+    return max(float(minutes.max() / (scenario.workload.total_rate * MINUTE)), 1.0)
 
 
 def _pool_report(scenario: Scenario, pool: Pool, rows: PoolRows, rates: Floats, peak: float) -> PoolReport:

@@ -104,8 +104,8 @@ def test_peak_of_a_replay_is_its_busiest_minute() -> None:
     """One request a second for ten minutes, and 60 more in the third."""
     arrival = np.sort(np.concatenate([np.arange(600.0), 120 + np.arange(60.0)]))
     ones = np.ones(len(arrival), dtype=np.int64)
-    data = factories.scenario([factories.pool()]).model_dump(by_alias=True)
-    data["workload"]["trace"] = {"file": "t.csv"}
+    data = factories.scenario([factories.pool()], rate=1.1, horizon=600.0).model_dump(by_alias=True, exclude_none=True)
+    data["workload"]["arrivals"] = {"law": "replay"}
     data["workload"]["replay"] = Requests(arrival, ones, ones, 0 * ones, 0.0 * arrival)
     assert peak_factor(Scenario.model_validate(data)) == pytest.approx(120 / 66)
 
