@@ -208,8 +208,8 @@ def _sentences(
     said = [_verdict_sentence(verdict, worst, pools)]
     if worst.capacity is not None and worst.capacity.rate > 0:
         said.append(
-            f"What binds is {_resource(worst.capacity.resource)} of pool {worst.pool!r}; most of its step time is "
-            f"{worst.capacity.piece!r}."
+            f"What binds is {_resource(worst.capacity.resource)} of pool {worst.pool!r}, and its time goes mostly to steps "
+            f"in which {worst.capacity.piece!r} is the largest piece."
         )
         said.append(
             f"Routed {router}, the critical rate is {critical:.4g} requests/s in all (now {rate:.4g}), to within "

@@ -153,7 +153,7 @@ def _caveats(mix: Mix, saturation: Saturation, locked: float | None, modes: int,
     if saturation.resource != "tokens" and saturation.crowded > 0.25:
         said.append(
             f"Pool {name!r}: prefill fills the token budget in {saturation.crowded:.0%} of the steps, so memory and "
-            f"slots are refilled late; a larger token_budget would raise the capacity."
+            f"slots are refilled late; a larger token_budget may raise the capacity."
         )
     if saturation.over > 0.02:
         said.append(

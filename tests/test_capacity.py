@@ -75,7 +75,7 @@ def test_throughput_over_mu_of_five_preemption_modes(case: Any, mode: str, simul
 
 @pytest.mark.parametrize("mode", ["lookahead", "restart"])
 def test_equal_lengths_lock_into_waves_and_both_figures_are_said(mode: str) -> None:
-    """FIXED (100, 100), M = 20 000: 0.751 of mu after a burst, near mu from empty (stability.md 1.5, simulated)."""
+    """FIXED (100, 100), M = 20 000: 0.751 of mu after a burst, near mu from empty (simulated step by step)."""
     cls = classes((100, 100))
     mu = 20_000 / moments(Engine.of(unit_pool(20_000, 512, "swap")), cls).held[0]
     found = replica_capacity(unit_pool(20_000, 512, mode), cls, np.ones(1))
