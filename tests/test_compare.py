@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from factories import unlike_pools
 
+from baselines.routing import WeightedRoundRobin
 from llmopt.errors import Infeasible, PolicyError
 from llmopt.evaluate.compare import compare
 from llmopt.evaluate.comparison import Comparison
-from llmopt.evaluate.margin import LARGEST, RESOLUTION, search
+from llmopt.evaluate.margin import LARGEST, RESOLUTION, search, simulated_margin
 from llmopt.page import html_report, write_report
 from llmopt.plan import Incoming, Plan, ReplicaState, Router, index_router, split_router
 from llmopt.plot import comparison_pictures
@@ -129,12 +131,21 @@ def test_the_search_finds_the_critical_factor_within_its_resolution(critical: fl
         asked.append(factor)
         return factor <= critical
 
-    found = search(holds, at_one=critical >= 1.0, guess=guess)
+    found = search(holds, guess)
     if critical <= LARGEST:
         assert found <= critical <= found * RESOLUTION * (1 + 1e-12)
     else:
         assert found >= LARGEST
     assert len(asked) < 50
+
+
+def test_a_searched_margin_meets_the_theory_of_a_split_and_bursts_do_not_move_it():
+    bursts = {"law": "bursts", "on": 30.0, "off": 90.0}
+    given = unlike_pools(rate=20.0, horizon=1200.0, seeds=[1, 2], arrivals=bursts)
+    outcome = compare(given, [WeightedRoundRobin()])["weighted-round-robin"]
+    assert outcome.plan is not None and not outcome.searched
+    arrivals = {seed: given.workload.sample(1200.0, seed) for seed in (1, 2)}
+    assert simulated_margin(given, outcome.plan, arrivals, 1.0) == pytest.approx(outcome.margin, rel=outcome.error)
 
 
 def test_policies_see_the_same_arrivals_and_the_same_luck():

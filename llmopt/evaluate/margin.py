@@ -1,8 +1,9 @@
 """How much all arrivals could grow: measured for rules that decide by state, which have no fixed split to assess.
 
 A state-dependent rule fills its slowest pool to the brim long before the system is unstable, so that the load under
-the split that came about says nothing about what the rule could carry. Here the arrivals are squeezed in time instead,
-until the simulated backlog grows.
+the split that came about says nothing about what the rule could carry. Here the arrivals are made denser instead, until
+the simulated backlog grows. They are spaced evenly: in the long run only their mean rate decides, and bursts or peaks
+of the day, which a run of finite length cannot tell from growth, do not blur the answer.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from llmopt.evaluate.growth import Growth, growth, pooled
 from llmopt.evaluate.report import waiting
 from llmopt.evaluate.run import SimRun
 from llmopt.evaluate.simulate import simulate
+from llmopt.lengths import Floats
 from llmopt.plan import Plan
 from llmopt.scenario import Scenario
 from llmopt.workload import Requests
@@ -44,39 +46,41 @@ def backlog_growth(scenario: Scenario, runs: Sequence[SimRun], factor: float = 1
     return max(pools, key=lambda g: (not g.stable, g.relative))
 
 
-def simulated_margin(
-    scenario: Scenario, plan: Plan, arrivals: Mapping[int, Requests], stable: bool, guess: float
-) -> float:
+def simulated_margin(scenario: Scenario, plan: Plan, arrivals: Mapping[int, Requests], guess: float) -> float:
     """Largest factor on all arrivals at which the simulated backlog does not grow, within 2 %.
 
     Parameters
     ----------
     arrivals
-        Requests by seed; squeezed in time they keep their order and lengths, so that only the rate changes.
-    stable
-        The verdict at factor 1.
+        Requests by seed; they keep their order and lengths, so that only the rate changes.
     guess
         Where to look first.
     """
+    mean = scenario.workload.total_rate
     enough = sum(len(requests) for requests in arrivals.values()) > ENOUGH
     played = dict(list(arrivals.items())[:1]) if enough else dict(arrivals)
 
     def holds(factor: float) -> bool:
         runs = [
-            simulate(scenario, plan, seed, requests=replace(requests, arrival=requests.arrival / factor))
+            simulate(scenario, plan, seed, requests=replace(requests, arrival=_even(len(requests), mean * factor)))
             for seed, requests in played.items()
         ]
         return backlog_growth(scenario, runs, factor).stable
 
-    return search(holds, stable, guess)
+    return search(holds, guess)
 
 
-def search(holds: Callable[[float], bool], at_one: bool, guess: float) -> float:
-    """Largest factor that holds, by strides from 1 or from `guess` and bisection."""
-    low, high = (1.0, np.inf) if at_one else (0.0, 1.0)
-    probe = guess if low < guess < high else 0.0
+def search(holds: Callable[[float], bool], guess: float) -> float:
+    """Largest factor that holds, by strides from `guess` (from 1 if it is no number to start from) and bisection."""
+    low, high = 0.0, np.inf
+    probe = guess if 1 / LARGEST < guess < LARGEST else 1.0
     while high / max(low, 1e-12) > RESOLUTION and high > 1 / LARGEST and low < LARGEST:
         if not probe:
             probe = low * STRIDE if high == np.inf else high / STRIDE if low == 0.0 else float(np.sqrt(low * high))
         low, high, probe = (probe, high, 0.0) if holds(probe) else (low, probe, 0.0)
     return low
+
+
+def _even(n: int, rate: float) -> Floats:
+    """`n` arrivals at equal distances."""
+    return np.asarray((np.arange(n) + 0.5) / rate)

@@ -204,8 +204,10 @@ def _mean(values: NDArray[Any]) -> float:
 
 
 def _cost(scenario: Scenario, tokens: float) -> float:
-    """USD per million output tokens when `tokens` are delivered per second; inf if none are."""
+    """USD per million output tokens when `tokens` are delivered per second; inf if none are, NaN without prices."""
     hourly = sum(pool.price * pool.replicas for pool in scenario.pools)
+    if hourly == 0:
+        return float("nan")
     return hourly / SECONDS_PER_HOUR / tokens * 1e6 if tokens > 0 else float("inf")
 
 
