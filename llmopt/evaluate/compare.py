@@ -140,7 +140,8 @@ class _Game:
         if decided is not None:
             return replace(outcome, margin=margin, error=theory.error, outer=theory.outer_rate / theory.rate)
         self.tell(f"{policy.name}: search for the margin", 0)
-        found = simulated_margin(self.scenario, plan, self.arrivals, margin)
+        with self.timed("margin"):
+            found = simulated_margin(self.scenario, plan, self.arrivals, margin)
         return replace(outcome, margin=found, searched=True)
 
     @contextmanager

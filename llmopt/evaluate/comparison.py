@@ -59,7 +59,8 @@ class Outcome:
     it; margin: the factor by which all arrivals could grow (below 1: they are too many already), for a decided split by
     the step-mean estimate with its relative half-width `error`, for a rule that decides by state by a search with the
     simulator (`searched`); outer: the same by the outer bound, for a decided split; notes: what the estimate does not
-    cover. The seconds are wall-clock: planning, of that building and solving, the fluid model, simulating all seeds.
+    cover. The seconds are wall-clock: planning, of that building and solving, the fluid model, simulating all seeds,
+    searching the margin.
     """
 
     policy: str

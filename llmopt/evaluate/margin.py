@@ -2,8 +2,9 @@
 
 A state-dependent rule fills its slowest pool to the brim long before the system is unstable, so that the load under
 the split that came about says nothing about what the rule could carry. Here the arrivals are made denser instead, until
-the simulated backlog grows. They are spaced evenly: in the long run only their mean rate decides, and bursts or peaks
-of the day, which a run of finite length cannot tell from growth, do not blur the answer.
+the simulated backlog grows. They are shuffled and spaced evenly: in the long run only their mean rate and mix decide;
+bursts, peaks of the day and a drift of the lengths, which a run of finite length cannot tell from growth, would only
+blur the answer.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from llmopt.evaluate.growth import Growth, growth, pooled
 from llmopt.evaluate.report import waiting
 from llmopt.evaluate.run import SimRun
 from llmopt.evaluate.simulate import simulate
-from llmopt.lengths import Floats
 from llmopt.plan import Plan
 from llmopt.scenario import Scenario
 from llmopt.workload import Requests
@@ -52,19 +52,16 @@ def simulated_margin(scenario: Scenario, plan: Plan, arrivals: Mapping[int, Requ
     Parameters
     ----------
     arrivals
-        Requests by seed; they keep their order and lengths, so that only the rate changes.
+        Requests by seed; what they bring is kept, when they come is not.
     guess
         Where to look first.
     """
     mean = scenario.workload.total_rate
     enough = sum(len(requests) for requests in arrivals.values()) > ENOUGH
-    played = dict(list(arrivals.items())[:1]) if enough else dict(arrivals)
+    played = [_shuffled(r, seed) for seed, r in arrivals.items()][: 1 if enough else None]
 
     def holds(factor: float) -> bool:
-        runs = [
-            simulate(scenario, plan, seed, requests=replace(requests, arrival=_even(len(requests), mean * factor)))
-            for seed, requests in played.items()
-        ]
+        runs = [simulate(scenario, plan, requests=_even(requests, mean * factor)) for requests in played]
         return backlog_growth(scenario, runs, factor).stable
 
     return search(holds, guess)
@@ -81,6 +78,12 @@ def search(holds: Callable[[float], bool], guess: float) -> float:
     return low
 
 
-def _even(n: int, rate: float) -> Floats:
-    """`n` arrivals at equal distances."""
-    return np.asarray((np.arange(n) + 0.5) / rate)
+def _shuffled(requests: Requests, seed: int) -> Requests:
+    order = np.random.default_rng(seed).permutation(len(requests))
+    lengths = requests.prompt[order], requests.output[order]
+    return Requests(requests.arrival, *lengths, requests.cls[order], requests.u[order])
+
+
+def _even(requests: Requests, rate: float) -> Requests:
+    """The requests at equal distances, `rate` in a second."""
+    return replace(requests, arrival=np.asarray((np.arange(len(requests)) + 0.5) / rate))
