@@ -8,20 +8,22 @@ from factories import pool, request_class, scenario, slower, unlike_pools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import baselines
 from llmopt.capacity import replica_capacity
 from llmopt.errors import PolicyError
 from llmopt.evaluate.fluid import _Tank, arriving, evaluate_fluid
 from llmopt.evaluate.fluid_route import level, spread_of
 from llmopt.evaluate.fluid_state import Cells
+from llmopt.evaluate.margin import backlog_growth
 from llmopt.evaluate.report import waiting
 from llmopt.evaluate.simulate import simulate
 from llmopt.plan import Incoming, Plan, ReplicaState, index_router, split_router
-from llmopt.registry import get_policy
 from llmopt.scenario import Scenario
 from llmopt.stability import equilibrium
 from llmopt.workload import Requests
 
 SLOW = {"step_time": [{"name": "step", "base": 0.02}]}
+HEURISTICS = {policy.name: policy for policy in baselines.POLICIES}
 MU = 64 / (101 * 0.01)
 """Critical rate of one replica of `pool()`: 64 sequences, each 101 steps of 10 ms."""
 
@@ -316,10 +318,30 @@ BURST = {"law": "piecewise", "times": [0.0, 100.0, 150.0], "factors": [0.75, 2.7
 @pytest.mark.parametrize(("name", "rate"), [("jsq", 1.2), ("random", 1.2), ("power-of-two", 1.2), ("jsq", 1.8)])
 def test_backlog_through_a_burst_is_that_of_the_simulator(name: str, rate: float) -> None:
     question = scenario([pool("one"), pool("two", **SLOW)], rate=rate * MU, arrivals=BURST, horizon=300.0)
-    plan = get_policy(name).plan(question)
+    plan = HEURISTICS[name].plan(question)
     run = evaluate_fluid(question, plan)
     at = np.linspace(0.0, 300.0, 61)
     fluid = np.column_stack([np.interp(at, run.times, column) for column in run.backlog.T])
     played = np.mean([waiting(question, simulate(question, plan, seed), at) for seed in (1, 2, 3)], axis=0)
     assert fluid == pytest.approx(played, abs=0.04 * played.max())
     assert played.max() > 500
+
+
+def critical_rate(name: str, low: float, high: float) -> float:
+    """The rate at which the fluid verdict on `unlike_pools` turns, by bisection."""
+    while high / low > 1.005:
+        middle = (low * high) ** 0.5
+        question = unlike_pools(middle, horizon=900.0)
+        stable = evaluate_fluid(question, HEURISTICS[name].plan(question)).stable
+        low, high = (middle, high) if stable else (low, middle)
+    return low
+
+
+@pytest.mark.parametrize("name", ["weighted-round-robin", "class-affinity", "jsq", "least-work", "power-of-two"])
+def test_simulator_agrees_on_both_sides_of_the_fluid_critical_rate(name: str) -> None:
+    critical = critical_rate(name, 25.0, 60.0)
+    for factor in (0.96, 1.04):
+        question = unlike_pools(critical * factor, horizon=1800.0)
+        plan = HEURISTICS[name].plan(question)
+        played = backlog_growth(question, [simulate(question, plan, seed) for seed in (1, 2, 3)])
+        assert played.stable == (factor < 1)
