@@ -33,6 +33,11 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}g}" if abs(value) < 1e-4 else f"{value:,.{min(decimals, 6)}f}"
 
 
+def duration(seconds: float) -> str:
+    """Wall-clock seconds, to a hundredth."""
+    return "<0.01" if seconds < 0.01 else number(seconds, 2)
+
+
 def verdict(word: str) -> Text:
     """A verdict in its colour."""
     return Text(word or "–", style=VERDICT_STYLES.get(word, "dim"))
@@ -75,12 +80,8 @@ COMPARISON_COLUMNS = (
 
 def _comparison_row(comparison: Comparison, outcome: Outcome) -> list[RenderableType]:
     head: list[RenderableType] = [outcome.policy, verdict(outcome.fluid_verdict), verdict(outcome.verdict)]
-    seconds = outcome.seconds
-    end: list[RenderableType] = [
-        number(outcome.gap, 2),
-        number(seconds.get("solve", math.nan), 2),
-        number(seconds.get("run", math.nan), 2),
-    ]
+    solve, run = (duration(outcome.seconds.get(key, math.nan)) for key in ("solve", "run"))
+    end: list[RenderableType] = [number(outcome.gap, 2), solve, run]
     if outcome.simulated is None:
         return [*head, *["–"] * 6, *end]
     mean = {key: value.mean for key, value in outcome.estimates(comparison.scenario.evaluation.confidence).items()}
