@@ -106,7 +106,7 @@ class Clamped(LawBase):
 
     def masses(self) -> Pmf:
         """Mass of token k is F(k + 1/2) - F(k - 1/2); the ends take the tails. Lengths of no mass are not listed."""
-        doublings = self.min * 2.0 ** np.arange(25)
+        doublings = np.asarray(self.min * 2.0 ** np.arange(25), dtype=np.float64)
         full = doublings[self.cdf(doublings) == 1.0]
         values = np.arange(self.min, min(self.max, full.min(initial=self.max)) + 1, dtype=np.int64)
         upper = self.cdf(np.asarray(values + 0.5, dtype=np.float64))
