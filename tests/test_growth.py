@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from factories import pool, scenario
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llmopt.evaluate.growth import growth, pooled
+from llmopt.evaluate.margin import backlog_growth
+from llmopt.evaluate.simulate import simulate
+from llmopt.plan import Plan, index_router
 
 TIMES = np.linspace(100.0, 700.0, 401)
 
@@ -88,3 +92,11 @@ def test_noise_is_that_of_a_random_walk() -> None:
 def test_too_few_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 4 samples"):
         growth(TIMES[:3], TIMES[:3], 1.0)
+
+
+def test_what_drains_after_the_last_arrival_is_no_sign_of_stability() -> None:
+    question = scenario([pool()], rate=80.0, horizon=400.0)
+    plan = Plan("any", index_router(question))
+    run = simulate(question, plan, horizon=200.0)
+    assert run.requests.arrival[-1] < 200
+    assert not backlog_growth(question, [run]).stable

@@ -36,10 +36,12 @@ def backlog_growth(scenario: Scenario, runs: Sequence[SimRun], factor: float = 1
     """Growth, after the warm-up and over all runs, of the backlog of the pool that grows fastest.
 
     One pool that cannot keep up makes a policy unstable, however idle the others are. `factor` says by how much the
-    arrivals of `runs` were squeezed.
+    arrivals of `runs` were squeezed. A trace may end before the horizon; what drains after its end is no sign of
+    stability.
     """
-    evaluation = scenario.evaluation
-    times = np.linspace(evaluation.warmup / factor, evaluation.horizon / factor, POINTS)
+    start, end = (seconds / factor for seconds in (scenario.evaluation.warmup, scenario.evaluation.horizon))
+    last = max((float(run.requests.arrival.max(initial=0.0)) for run in runs), default=0.0)
+    times = np.linspace(start, min(end, last) if last > start else end, POINTS)
     rate = scenario.workload.total_rate * factor
     backlogs = [waiting(scenario, run, times) for run in runs]
     pools = [pooled([growth(times, b[:, j], rate) for b in backlogs]) for j in range(len(scenario.pools))]
