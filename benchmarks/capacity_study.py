@@ -1,12 +1,13 @@
 """How far the capacity estimate and the outer bound lie from saturated simulation, over random scenarios.
 
-Each draw is one replica and one request class: mean prompt 100 to 4 000, mean output 30 to 600 (log-uniform),
-lognormal or gamma with CV 0.2 to 1.3, KV memory for 4 to 60 of the largest requests, max batch 16 to 2 000, token
-budget 256 to 8 192, one to three pieces, blocks of 1 or 16 tokens, either place of the first token; the five
-preemption modes take turns. Draw i uses seed (20240, i). The estimate sees the laws; the simulator runs their
-quantiles in random orders, so that only the order is random, and the mean of the repeats counts as the truth.
+Each draw is one replica and one request class (or `--classes`, with random shares): mean prompt 100 to 4 000, mean
+output 30 to 600 (log-uniform), lognormal or gamma with CV 0.2 to 1.3, KV memory for 4 to 60 of the largest requests,
+max batch 16 to 2 000, token budget 256 to 8 192, one to three pieces, blocks of 1 or 16 tokens, either place of the
+first token; the five preemption modes take turns. Draw i uses seed (20240, i). The estimate sees the laws; the
+simulator runs their quantiles in random orders, so that only the order is random, and the mean of the repeats counts
+as the truth.
 
-    python -m benchmarks.capacity_study [--draws 200] [--repeats 4] [--first 0] [--worst 8]
+    python -m benchmarks.capacity_study [--draws 200] [--repeats 4] [--first 0] [--classes 1] [--worst 8]
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 from llmopt.capacity import Capacity, replica_capacity
 from llmopt.evaluate.saturate import saturated_throughput
 from llmopt.hardware import Piece
-from llmopt.lengths import Floats, Gamma, Law, Lognormal
+from llmopt.lengths import Floats, Gamma, Ints, Law, Lognormal
 from llmopt.scenario import Pool, Preemption
 from llmopt.workload import RequestClass
 
@@ -35,7 +36,7 @@ class Draw:
 
     number: int
     pool: Pool
-    cls: RequestClass
+    classes: list[RequestClass]
     capacity: Capacity
     simulated: float
     noise: float
@@ -56,19 +57,14 @@ class Draw:
         return abs(self.simulated / self.capacity.rate - 1) <= self.capacity.error + 2 * self.noise
 
 
-def drawn(number: int) -> tuple[Pool, RequestClass]:
-    """Pool and class of one draw."""
+def drawn(number: int, classes: int = 1) -> tuple[Pool, list[RequestClass], Floats]:
+    """Pool, classes and their shares (n_classes,) of one draw."""
     rng = np.random.default_rng([20240, number])
-    cls = RequestClass(
-        name="requests",
-        share=1.0,
-        prompt=_law(rng, _log(rng, 100, 4000), rng.uniform(0.2, 1.3)),
-        output=_law(rng, _log(rng, 30, 600), rng.uniform(0.2, 1.3)),
-    )
+    requests = [_class(rng, f"class-{c}") for c in range(classes)]
     pool = Pool(
         name="replica",
         replicas=1,
-        kv_capacity=int(cls.largest * _log(rng, 4, 60)),
+        kv_capacity=int(max(c.largest for c in requests) * _log(rng, 4, 60)),
         step_time=_pieces(rng),
         max_batch=int(_log(rng, 16, 2000)),
         token_budget=int(_log(rng, 256, 8192)),
@@ -76,7 +72,14 @@ def drawn(number: int) -> tuple[Pool, RequestClass]:
         preemption=MODES[number % len(MODES)],
         first_token="prefill" if rng.random() < 0.5 else "decode",
     )
-    return pool, cls
+    return pool, requests, rng.dirichlet(np.ones(classes))
+
+
+def _class(rng: np.random.Generator, name: str) -> RequestClass:
+    prompt = _law(rng, _log(rng, 100, 4000), rng.uniform(0.2, 1.3))
+    return RequestClass(
+        name=name, share=1.0, prompt=prompt, output=_law(rng, _log(rng, 30, 600), rng.uniform(0.2, 1.3))
+    )
 
 
 def _log(rng: np.random.Generator, low: float, high: float) -> float:
@@ -107,29 +110,41 @@ def _pieces(rng: np.random.Generator) -> tuple[Piece, ...]:
     return shapes[rng.integers(0, 3)]
 
 
-def simulate(pool: Pool, cls: RequestClass, capacity: Capacity, number: int, repeats: int) -> tuple[float, float]:
+def simulate(
+    pool: Pool, classes: list[RequestClass], shares: Floats, capacity: Capacity, number: int, repeats: int
+) -> tuple[float, float]:
     """Saturated throughput (requests/s) and its relative standard error over the repeats."""
-    steps = cls.mean_output + cls.mean_prompt / pool.chunk
-    running = capacity.outer * capacity.step_time * steps
-    n = int(np.clip(GENERATIONS * running, FEWEST, MOST))
-    quantiles = (np.arange(n) + 0.5) / n
+    steps = shares @ [c.mean_output + c.mean_prompt / pool.chunk for c in classes]
+    n = int(np.clip(GENERATIONS * capacity.outer * capacity.step_time * steps, FEWEST, MOST))
     rates = []
     for repeat in range(repeats):
-        rng = np.random.default_rng([number, repeat])
-        prompt, output = (law.sample(rng.permutation(quantiles)) for law in (cls.prompt, cls.output))
+        prompt, output = requests(classes, shares, n, np.random.default_rng([number, repeat]))
         rates.append(saturated_throughput(pool, prompt, output).rate)
     return float(np.mean(rates)), float(np.std(rates) / np.mean(rates) / np.sqrt(repeats))
 
 
-def study(first: int, draws: int, repeats: int) -> tuple[list[Draw], float]:
+def requests(classes: list[RequestClass], shares: Floats, n: int, rng: np.random.Generator) -> tuple[Ints, Ints]:
+    """The quantiles of the laws as `n` requests in random order: prompts and outputs, shape (n,)."""
+    cls = rng.permutation(np.searchsorted(np.cumsum(shares)[:-1], (np.arange(n) + 0.5) / n, side="right"))
+    prompt, output = np.zeros(n, np.int64), np.zeros(n, np.int64)
+    for c, one in enumerate(classes):
+        mine = np.flatnonzero(cls == c)
+        quantiles = (np.arange(len(mine)) + 0.5) / max(len(mine), 1)
+        prompt[mine] = one.prompt.sample(rng.permutation(quantiles))
+        output[mine] = one.output.sample(rng.permutation(quantiles))
+    return prompt, output
+
+
+def study(first: int, draws: int, repeats: int, classes: int) -> tuple[list[Draw], float]:
     """The draws, and the mean seconds of one estimate."""
     done, spent = [], 0.0
     for number in range(first, first + draws):
-        pool, cls = drawn(number)
+        pool, drawn_classes, shares = drawn(number, classes)
         start = perf_counter()
-        capacity = replica_capacity(pool, [cls], np.ones(1))
+        capacity = replica_capacity(pool, drawn_classes, shares)
         spent += perf_counter() - start
-        done.append(Draw(number, pool, cls, capacity, *simulate(pool, cls, capacity, number, repeats)))
+        truth = simulate(pool, drawn_classes, shares, capacity, number, repeats)
+        done.append(Draw(number, pool, drawn_classes, capacity, *truth))
     return done, spent / draws
 
 
@@ -166,20 +181,29 @@ def _row(name: str, errors: Floats) -> None:
 
 
 def _line(d: Draw) -> str:
-    fit = d.pool.kv_capacity / d.cls.largest
+    fit = d.pool.kv_capacity / max(c.largest for c in d.classes)
+    prompt, output = (np.mean([f(c) for c in d.classes]) for f in (_prompt, _output))
     return (
         f"  draw {d.number:3d} {d.pool.preemption:9s} {100 * d.error:+6.2f} % (noise {100 * d.noise:.2f}, claimed "
         f"{100 * d.capacity.error:.1f}): {d.capacity.resource} binds, memory for {fit:.1f} of the largest, prompt "
-        f"{d.cls.mean_prompt:.0f}, output {d.cls.mean_output:.0f}, budget {d.pool.token_budget}, max batch "
+        f"{prompt:.0f}, output {output:.0f}, budget {d.pool.token_budget}, max batch "
         f"{d.pool.max_batch}, {len(d.pool.step_time)} pieces\n      {_why(d, fit)}"
     )
+
+
+def _prompt(c: RequestClass) -> float:
+    return c.mean_prompt
+
+
+def _output(c: RequestClass) -> float:
+    return c.mean_output
 
 
 def _why(d: Draw, fit: float) -> str:
     """The likeliest reason, from what the estimate leaves out."""
     if abs(d.error) < 2.5 * d.noise:
         return "within the noise of the simulation"
-    if d.cls.mean_prompt > d.pool.token_budget and fit < 15:
+    if max(c.mean_prompt for c in d.classes) > d.pool.token_budget and fit < 15:
         return "prompts take several steps of the whole budget and few fit: admission waits for both, correlated"
     if fit < 10:
         return "few requests fit, so the running set is far from its mean"
@@ -194,9 +218,10 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=200, help="how many scenarios")
     parser.add_argument("--repeats", type=int, default=4, help="simulated orders of each")
     parser.add_argument("--first", type=int, default=0, help="number of the first draw")
+    parser.add_argument("--classes", type=int, default=1, help="request classes of each, with random shares")
     parser.add_argument("--worst", type=int, default=8, help="how many of the worst to list")
     args = parser.parse_args()
-    show(*study(args.first, args.draws, args.repeats), args.worst)
+    show(*study(args.first, args.draws, args.repeats, args.classes), args.worst)
 
 
 if __name__ == "__main__":

@@ -208,8 +208,8 @@ def _sentences(
     said = [_verdict_sentence(verdict, worst, pools)]
     if worst.capacity is not None and worst.capacity.rate > 0:
         said.append(
-            f"What binds is {_resource(worst.capacity.resource)} of pool {worst.pool!r}, and its time goes mostly to steps "
-            f"in which {worst.capacity.piece!r} is the largest piece."
+            f"What binds is {_resource(worst.capacity.resource)} of pool {worst.pool!r}, and most of its time goes to "
+            f"steps in which {worst.capacity.piece!r} is the largest piece."
         )
         said.append(
             f"Routed {router}, the critical rate is {critical:.4g} requests/s in all (now {rate:.4g}), to within "
@@ -217,7 +217,7 @@ def _sentences(
         )
     said += [s for p in pools for s in _needs(p)]
     said += _peaks(pools)
-    return said + [c for p in pools if p.capacity for c in p.capacity.caveats]
+    return said + [f"Pool {p.pool!r}: {c[0].lower()}{c[1:]}" for p in pools if p.capacity for c in p.capacity.caveats]
 
 
 def _verdict_sentence(verdict: Verdict, worst: PoolReport, pools: tuple[PoolReport, ...]) -> str:

@@ -63,7 +63,7 @@ def replica_capacity(pool: Pool, classes: Sequence[RequestClass], mix: Floats, s
     outer = outer_rate(pool, classes, shares)
     unfit = [c.name for c, x in zip(classes, shares, strict=True) if x > 0 and not pool.fits(c.largest)]
     if unfit:
-        why = f"Requests of class {unfit[0]!r} can exceed the KV memory of a replica of pool {pool.name!r}."
+        why = f"Requests of class {unfit[0]!r} can exceed the KV memory of a replica."
         return Capacity(0.0, outer, "", "kv", 0.0, 0.0, (why,))
     blended = blend(pool, classes, shares, seed)
     saturation = saturate(blended)
@@ -136,28 +136,28 @@ def _judged(mix: Mix, saturation: Saturation, outer: float, largest: int) -> Cap
 
 
 def _caveats(mix: Mix, saturation: Saturation, locked: float | None, modes: int, share: float) -> list[str]:
-    name, mode, said = mix.pool.name, mix.pool.preemption, []
+    mode, said = mix.pool.preemption, []
     if locked is not None:
         said.append(
-            f"Pool {name!r} ({mode}): lengths vary too little to keep requests apart, so they can fall into step after "
-            f"a burst and then a replica serves only {locked:.4g} requests/s, not {saturation.rate:.4g}; the bound "
+            f"Lengths vary too little to keep requests apart under {mode}, so they can fall into step after a burst; "
+            f"then a replica serves only {locked:.4g} requests/s, not {saturation.rate:.4g}; the bound "
             f"mu (1 - delta) does not hold here, and the estimate is the middle of the two."
         )
     elif modes:
-        said.append(f"Pool {name!r} ({mode}): requests tend to start and end in waves, so prefill comes in bursts.")
+        said.append(f"Under {mode} requests tend to start and end in waves, so prefill comes in bursts.")
     if share * saturation.balance.memory > 0.1:
         said.append(
-            f"Pool {name!r}: the largest request takes {share:.0%} of the KV memory, so what fits beside it is a "
+            f"The largest request takes {share:.0%} of the KV memory, so what fits beside it is a "
             f"matter of luck and the estimate is rougher."
         )
     if saturation.resource != "tokens" and saturation.crowded > 0.25:
         said.append(
-            f"Pool {name!r}: prefill fills the token budget in {saturation.crowded:.0%} of the steps, so memory and "
+            f"Prefill fills the token budget in {saturation.crowded:.0%} of the steps, so memory and "
             f"slots are refilled late; a larger token_budget may raise the capacity."
         )
     if saturation.over > 0.02:
         said.append(
-            f"Pool {name!r}: prompts of several chunks are admitted against memory that others still have to fill; "
+            f"Prompts of several chunks are admitted against memory that others still have to fill; "
             f"about {saturation.over:.0%} of the time goes to prefill that is thrown away, and the estimate is rougher."
         )
     return said

@@ -188,10 +188,10 @@ FIXED_DRAWS = (0, 1, 2, 3, 4, 10, 11, 12, 18, 19, 35, 46, 62, 64, 155)
 
 @pytest.mark.parametrize("number", FIXED_DRAWS)
 def test_estimate_meets_saturated_simulation(number: int) -> None:
-    pool, cls = drawn(number)
+    pool, cls, shares = drawn(number, 1 + number % 2)
     assert pool.preemption == MODES[number % 5]
-    capacity = replica_capacity(pool, [cls], np.ones(1))
-    simulated, noise = simulate(pool, cls, capacity, number, 2)
+    capacity = replica_capacity(pool, cls, shares)
+    simulated, noise = simulate(pool, cls, shares, capacity, number, 2)
     assert capacity.rate == pytest.approx(simulated, rel=0.03)
     assert abs(capacity.rate / simulated - 1) <= capacity.error + 3 * noise
     assert capacity.outer >= simulated * 0.99
@@ -212,8 +212,8 @@ def test_estimate_meets_simulation_of_several_classes() -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000))
 def test_estimate_never_exceeds_the_outer_bound(number: int) -> None:
-    pool, cls = drawn(number)
-    capacity = replica_capacity(pool, [cls], np.ones(1))
+    pool, cls, shares = drawn(number, 1 + number % 3)
+    capacity = replica_capacity(pool, cls, shares)
     assert 0 < capacity.rate <= capacity.outer
     assert 0 < capacity.error < 0.5
 
@@ -256,7 +256,7 @@ def test_a_class_that_does_not_fit_makes_the_capacity_zero() -> None:
 
 
 def test_pairs_of_a_trace_count_like_the_law_they_come_from() -> None:
-    pool, law = drawn(12)
+    pool, (law,), _ = drawn(12)
     rng = np.random.default_rng(0)
     prompt, output = law.sample(rng, 40_000)
     pairs = law.model_copy(update={"pairs": Pairs(prompt, output)})
