@@ -263,3 +263,9 @@ def test_a_python_rule_runs_beside_data_rules():
     outcome = compare(server(0.4, 100.0, (1, 1)), [Second(), Turns()])["second"]
     assert outcome.ok and outcome.fractions is not None and outcome.fractions.tolist() == [[0.0, 1.0]]
     assert outcome.plan is not None and not isinstance(outcome.plan.router, Router)
+
+
+def test_an_idle_day_is_compared_and_drawn(tmp_path: Path):
+    idle = compare(server(1e-7, 50.0), [Turns()], seeds=[1])
+    assert idle["turns"].ok and idle["turns"].verdict == "stable" and math.isnan(idle["turns"].margin)
+    assert write_report(idle, tmp_path)

@@ -29,27 +29,31 @@ RESOLUTION = 1.02
 STRIDE = 1.25
 LARGEST = 1e3
 ENOUGH = 100_000
-"""Requests over all seeds beyond which the search uses the first seed only."""
+"""Requests over all seeds; the search plays no more of them."""
+START = 0.1
+"""Part of a run that the search leaves out, for the system starts empty."""
 
 
-def backlog_growth(scenario: Scenario, runs: Sequence[SimRun], factor: float = 1.0) -> Growth:
+def backlog_growth(scenario: Scenario, runs: Sequence[SimRun]) -> Growth:
     """Growth, after the warm-up and over all runs, of the backlog of the pool that grows fastest.
 
-    One pool that cannot keep up makes a policy unstable, however idle the others are. `factor` says by how much the
-    arrivals of `runs` were squeezed. A trace may end before the horizon; what drains after its end is no sign of
-    stability.
+    A trace may end before the horizon; what drains after its end is no sign of stability.
     """
-    start, end = (seconds / factor for seconds in (scenario.evaluation.warmup, scenario.evaluation.horizon))
+    start, end = scenario.evaluation.warmup, scenario.evaluation.horizon
     last = max((float(run.requests.arrival.max(initial=0.0)) for run in runs), default=0.0)
-    times = np.linspace(start, min(end, last) if last > start else end, POINTS)
-    rate = scenario.workload.total_rate * factor
+    return _fastest(scenario, runs, start, min(end, last) if last > start else end, scenario.workload.total_rate)
+
+
+def _fastest(scenario: Scenario, runs: Sequence[SimRun], start: float, end: float, rate: float) -> Growth:
+    """Growth of the pool that grows fastest: one that cannot keep up is enough, however idle the others are."""
+    times = np.linspace(start, end, POINTS)
     backlogs = [waiting(scenario, run, times) for run in runs]
     pools = [pooled([growth(times, b[:, j], rate) for b in backlogs]) for j in range(len(scenario.pools))]
     return max(pools, key=lambda g: (not g.stable, g.relative))
 
 
 def simulated_margin(scenario: Scenario, plan: Plan, arrivals: Mapping[int, Requests], guess: float) -> float:
-    """Largest factor on all arrivals at which the simulated backlog does not grow, within 2 %.
+    """Largest factor on all arrivals at which the simulated backlog does not grow, within 2 %; NaN without requests.
 
     Parameters
     ----------
@@ -58,13 +62,15 @@ def simulated_margin(scenario: Scenario, plan: Plan, arrivals: Mapping[int, Requ
     guess
         Where to look first.
     """
-    mean = scenario.workload.total_rate
-    enough = sum(len(requests) for requests in arrivals.values()) > ENOUGH
-    played = [_shuffled(r, seed) for seed, r in arrivals.items()][: 1 if enough else None]
+    most = min(ENOUGH // len(arrivals), *(len(requests) for requests in arrivals.values()))
+    if most == 0:
+        return float("nan")
+    played = [_shuffled(requests, seed, most) for seed, requests in arrivals.items()]
 
     def holds(factor: float) -> bool:
-        runs = [simulate(scenario, plan, requests=_even(requests, mean * factor)) for requests in played]
-        return backlog_growth(scenario, runs, factor).stable
+        rate = scenario.workload.total_rate * factor
+        runs = [simulate(scenario, plan, requests=_even(requests, rate)) for requests in played]
+        return _fastest(scenario, runs, START * most / rate, most / rate, rate).stable
 
     return search(holds, guess)
 
@@ -80,10 +86,11 @@ def search(holds: Callable[[float], bool], guess: float) -> float:
     return low
 
 
-def _shuffled(requests: Requests, seed: int) -> Requests:
-    order = np.random.default_rng(seed).permutation(len(requests))
+def _shuffled(requests: Requests, seed: int, most: int) -> Requests:
+    """`most` of the requests, in random order."""
+    order = np.random.default_rng(seed).permutation(len(requests))[:most]
     lengths = requests.prompt[order], requests.output[order]
-    return Requests(requests.arrival, *lengths, requests.cls[order], requests.u[order])
+    return Requests(requests.arrival[:most], *lengths, requests.cls[order], requests.u[order])
 
 
 def _even(requests: Requests, rate: float) -> Requests:
