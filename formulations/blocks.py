@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from formulations.data import Routing, RoutingData, Row
+from formulations.data import RoutingData, Row
+from formulations.search import Routing
 from llmopt.errors import Infeasible
 from llmopt.lengths import Floats
 
@@ -40,13 +41,13 @@ def served(m: Any, data: RoutingData, total: Any) -> Any:
     return pyo.Constraint(data.classes, rule=lambda _, cls: ones[cls] == total, doc=SERVED)
 
 
-def stability(m: Any, data: RoutingData, count: Sequence[Any]) -> Any:
+def stability(m: Any, data: RoutingData, count: Sequence[Any], sentence: str = STABLE) -> Any:
     """sum_c lambda_c x_cj ( w_ijc + a_ij u_Rjc / cap_Rj ) <= n_j   for every piece i and resource R of pool j.   (1)"""
     import pyomo.environ as pyo
 
     rows = {row.key: usage(m, data, row) for row in data.rows}
     pool = {name: count[j] for j, name in enumerate(data.pools)}
-    return pyo.Constraint(list(rows), rule=lambda _, *key: rows[key] <= pool[key[0]], doc=STABLE)
+    return pyo.Constraint(list(rows), rule=lambda _, *key: rows[key] <= pool[key[0]], doc=sentence)
 
 
 def usage(m: Any, data: RoutingData, row: Row) -> Any:
@@ -106,6 +107,14 @@ def tpot_of_pools(data: RoutingData) -> tuple[RoutingData, Floats]:
     return replace(data, allowed=allowed), required
 
 
+def tpot_needs(data: RoutingData, required: Floats, x: Floats) -> Floats:
+    """Replicas that (4) asks for at the split `x`, shape (n_pools,)."""
+    work = [
+        (data.rates * x[:, j]) @ limit.work / (1.0 - limit.base / required[j]) for j, limit in enumerate(data.limits)
+    ]
+    return np.array([most.max() if np.isfinite(r) else 0.0 for most, r in zip(work, required, strict=True)])
+
+
 def at_most(m: Any, data: RoutingData, k: int, largest: Floats) -> None:
     """x_cj <= largest_cj z_cj   and   sum_j z_cj <= k,   z_cj in {0, 1}: a class uses at most k pools.          (5)"""
     import pyomo.environ as pyo
@@ -120,23 +129,59 @@ def at_most(m: Any, data: RoutingData, k: int, largest: Floats) -> None:
     )
 
 
-def set_cuts(model: Any) -> None:
-    """Put the cuts (9) that `model.routing` holds into the model, of either modeller, in place of those it had."""
-    (_set_in_cvxpy if hasattr(model, "var_dict") else _set_in_pyomo)(model, model.routing)
+def refine(model: Any) -> None:
+    """Put the cuts (9) of `model.routing` into the model, in place of older ones, and keep it near its best split:
+
+    (best_cj - radius) total <= x_cj <= (best_cj + radius) total.                                               (10)
+    """
+    if not model.routing.estimate:
+        return
+    (_refine_cvxpy if hasattr(model, "var_dict") else _refine_pyomo)(model, model.routing)
 
 
-def _set_in_pyomo(m: Any, routing: Routing) -> None:
+def _refine_pyomo(m: Any, routing: Routing) -> None:
     import pyomo.environ as pyo
 
-    if m.component("estimate") is not None:
-        m.del_component("estimate")
+    for name in ("estimate", "near"):
+        if m.component(name) is not None:
+            m.del_component(name)
     rows = {cut.key: usage(m, routing.data, cut) <= routing.count[cut.pool] for cut in routing.cuts}
     m.estimate = pyo.Constraint(list(rows), rule=lambda _, *key: rows[key], doc=ESTIMATED)
+    m.near = _few_changes(m, routing) if m.component("z") is not None else _near(m, routing)
 
 
-def _set_in_cvxpy(problem: Any, routing: Routing) -> None:
-    rows = within(problem.var_dict["x"], routing.data, routing.cuts, routing.count, "estimate", ESTIMATED)
-    replace_rows(problem, [c for c in problem.constraints if c.label != "estimate"] + [rows])
+def _near(m: Any, routing: Routing) -> Any:
+    import pyomo.environ as pyo
+
+    best = dict(zip(routing.data.pairs, _best(routing).tolist(), strict=True))
+    rows = {(*p, "least"): m.x[p] >= (best[p] - routing.radius) * routing.total for p in best}
+    rows |= {(*p, "most"): m.x[p] <= (best[p] + routing.radius) * routing.total for p in best}
+    return pyo.Constraint(list(rows), rule=lambda _, *key: rows[key])
+
+
+def _few_changes(m: Any, routing: Routing) -> Any:
+    """Sum of 1 - z_cj over the pairs in use <= a share `radius` of them, at least one: (10) for whole pools."""
+    import pyomo.environ as pyo
+
+    used = [pair for pair, x in zip(routing.data.pairs, _best(routing), strict=True) if x > _ROUNDING]
+    return pyo.Constraint(expr=sum(1 - m.z[p] for p in used) <= max(1, round(routing.radius * len(used))))
+
+
+def _best(routing: Routing) -> Floats:
+    """Best split so far, for the allowed pairs."""
+    assert routing.best is not None
+    return np.asarray(routing.best[routing.data.pair_index])
+
+
+def _refine_cvxpy(problem: Any, routing: Routing) -> None:
+    x, best = problem.var_dict["x"], _best(routing)
+    rows = [
+        (x <= (best + routing.radius) * routing.total).set_label("near"),
+        (x >= (best - routing.radius) * routing.total).set_label("near"),
+    ]
+    if routing.cuts:
+        rows.append(within(x, routing.data, routing.cuts, routing.count, "estimate", ESTIMATED))
+    replace_rows(problem, [c for c in problem.constraints if c.label not in ("estimate", "near")] + rows)
 
 
 def replace_rows(problem: Any, constraints: Sequence[Any], objective: Any = None) -> None:
@@ -158,17 +203,9 @@ def value(model: Any, name: str) -> Any:
 
 
 def split(model: Any) -> Floats:
-    """Loaded x as a table of shape (n_classes, n_pools), without the tiny negatives of interior points."""
-    return np.asarray(model.routing.data.table(np.maximum(value(model, "x"), 0.0)))
-
-
-def refuse_shortage(name: str, over: float, what: str) -> None:
-    """Raise Infeasible if the cuts of the estimate left a relative shortage of replicas."""
-    if over > _ROUNDING:
-        raise Infeasible(
-            f"{name}: by the step-mean estimate these rates need {over:.1%} more {what}, though the bound (1) would "
-            "allow them; add replicas or lower the rate"
-        )
+    """Loaded x as a table of shape (n_classes, n_pools) whose rows sum to 1."""
+    table = model.routing.data.table(np.maximum(value(model, "x"), 0.0))
+    return np.asarray(table / table.sum(axis=1, keepdims=True))
 
 
 def _linear(coefficients: list[float], variables: list[Any]) -> Any:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from llmopt.capacity import estimated_load, load_gradient
 from llmopt.errors import Infeasible
 from llmopt.lengths import Floats, Ints
 from llmopt.scenario import Scenario
@@ -110,78 +109,6 @@ class RoutingData:
         starts = np.concatenate([[0], np.cumsum([len(k) for k in columns])])
         flat = np.concatenate(columns) if columns else np.zeros(0, dtype=np.int64)
         return csr_array((np.concatenate(data or [np.zeros(0)]), flat, starts), shape=(len(rows), len(self.pairs)))
-
-
-@dataclass
-class Routing:
-    """What a routing model carries beside its variables: data, the capacity it grants each pool, and cuts so far.
-
-    count: replicas granted to each pool, numbers or expressions of the modeller (n_pools,); cuts: rows of the step-mean
-    estimate in force, of `made` so far; first: value of the program before any cut; tried: estimated margin and
-    fractions of each solution seen.
-    """
-
-    data: RoutingData
-    count: Any
-    cuts: list[Row] = field(default_factory=list)
-    made: int = 0
-    first: float | None = None
-    tried: list[tuple[float, Floats]] = field(default_factory=list)
-
-
-def estimated_needs(scenario: Scenario, fractions: Floats) -> Floats:
-    """Replicas that each pool needs by the step-mean estimate, shape (n_pools,), for fractions of any scale."""
-    flow = scenario.workload.rates[:, None] * fractions
-    needs = [
-        p.replicas * estimated_load(p, scenario.workload.classes, flow[:, j]) for j, p in enumerate(scenario.pools)
-    ]
-    return np.array(needs)
-
-
-def revise_cuts(
-    scenario: Scenario,
-    routing: Routing,
-    fractions: Floats,
-    room: Floats,
-    accuracy: float,
-    needs: Floats | None = None,
-) -> int:
-    """Bring the cuts of `routing` up to date with the solution at hand; return how many changed, 0 if they agree.
-
-    With rho_j(y) the step-mean estimate of the load at class rates y_c = lambda_c x_cj, homogeneous of degree 1, the
-    tangent at the current y gives  sum_c lambda_c x_cj n_j d rho_j / d y_c <= replicas granted.                  (9)
-    A pool that needs more than it was granted gets the tangent at y as a new cut. The estimate is nearly, but not
-    quite, convex in y: a tight cut that overrates what the pool needs at y is replaced by the tangent there.
-
-    Parameters
-    ----------
-    fractions
-        Shape (n_classes, n_pools), scaled by the margin if the program scales them.
-    room
-        Replicas that the program granted each pool, shape (n_pools,).
-    accuracy
-        Relative difference that is accepted; inf for no cuts.
-    needs
-        Replicas that each pool needs by the estimate, shape (n_pools,), if they are known already.
-    """
-    if not np.isfinite(accuracy):
-        return 0
-    needs = estimated_needs(scenario, fractions) if needs is None else needs
-    flow, changed = routing.data.rates[:, None] * fractions, 0
-    for j, pool in enumerate(scenario.pools):
-        at, low, high = flow[:, j], room[j] * (1 - accuracy), room[j] * (1 + accuracy)
-        stale = [
-            cut
-            for cut in routing.cuts
-            if cut.pool == j and float(cut.seconds @ at) > max(needs[j], low) * (1 + accuracy)
-        ]
-        if needs[j] > high or stale:
-            slope = pool.replicas * load_gradient(pool, scenario.workload.classes, at)
-            routing.made += 1
-            cut = Row(j, (pool.name, f"cut {routing.made}"), np.maximum(slope, 0.0))
-            routing.cuts = [old for old in routing.cuts if not any(old is one for one in stale)] + [cut]
-            changed += 1
-    return changed
 
 
 def _served_somewhere(scenario: Scenario, allowed: Any) -> Any:

@@ -3,62 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from formulations.data import Routing, RoutingData, Row, estimated_needs
-from llmopt.capacity import estimated_load
+from formulations.data import RoutingData, Row
+from formulations.search import Routing, needs
+from llmopt.capacity import estimated_load, replica_capacity
 from llmopt.lengths import Floats
 from llmopt.plan import Plan, split_router
 from llmopt.scenario import Pool, Scenario
 from llmopt.solution import Solve
-from llmopt.stability import pool_loads
 
 RESOURCE_UNITS = {"kv": ("kv_1000_tokens", 1000.0), "batch": ("batch_slot", 1.0), "tokens": ("budget_token", 1.0)}
 _STEP = 0.05
 _TINY = 1e-300
+_PRICED = 1e-9
 
 
-def split_plan(name: str, scenario: Scenario, x: Floats, **figures: Any) -> Plan:
-    """A static split, kept as exactly as whole requests allow; inside a pool least 4 x waiting + running.
+def split_plan(name: str, scenario: Scenario, routing: Routing, **figures: Any) -> Plan:
+    """The best split, kept as exactly as whole requests allow; inside a pool least 4 x waiting + running.
 
     That is the score of vLLM's data-parallel load balancer; unlike outstanding tokens it needs no output lengths.
     """
-    fractions = x / x.sum(axis=1, keepdims=True)
-    router = split_router(scenario, fractions, spread="cyclic", waiting=4.0, running=1.0)
-    return Plan(name, router, figures={**split_figures(scenario, fractions), **figures})
+    assert routing.best is not None
+    router = split_router(scenario, routing.best, spread="cyclic", waiting=4.0, running=1.0)
+    return Plan(name, router, figures={**split_figures(scenario, routing), **figures})
 
 
-def split_figures(scenario: Scenario, fractions: Floats) -> dict[str, Any]:
-    """Figures of a static split of shape (n_classes, n_pools), JSON-ready.
+def split_figures(scenario: Scenario, routing: Routing) -> dict[str, Any]:
+    """Figures of the best split, JSON-ready.
 
     critical_rate: total arrival rate (requests/s, all classes scaled together) that the split can carry by the
     step-mean estimate; outer_rate: by the rows (1), above which it is unstable for certain; load: estimated load of
     each pool at the scenario's rates; fractions: of each class over the pools.
     """
-    pools = [pool.name for pool in scenario.pools]
-    loads = estimated_needs(scenario, fractions) / np.array([pool.replicas for pool in scenario.pools])
-    outer = max(float(load.max()) for load in pool_loads(scenario, fractions))
-    total = scenario.workload.total_rate
+    assert routing.best is not None
+    pools, replicas, total = routing.data.pools, routing.data.replicas, scenario.workload.total_rate
+    felt, outer = (needs(scenario, replace(routing, estimate=flag), routing.best) / replicas for flag in (True, False))
     return {
-        "critical_rate": total / max(float(loads.max()), outer, _TINY),
-        "outer_rate": total / max(outer, _TINY),
-        "load": dict(zip(pools, loads.tolist(), strict=True)),
+        "critical_rate": total / max(float(felt.max()), _TINY),
+        "outer_rate": total / max(float(outer.max()), _TINY),
+        "load": dict(zip(pools, felt.tolist(), strict=True)),
         "fractions": {
-            cls.name: dict(zip(pools, (row + 0.0).tolist(), strict=True))
-            for cls, row in zip(scenario.workload.classes, fractions, strict=True)
+            cls: dict(zip(pools, row.tolist(), strict=True))
+            for cls, row in zip(routing.data.classes, routing.best + 0.0, strict=True)
         },
     }
 
 
-def binding_rows(routing: Routing, duals: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Pools whose limit carries a price, with the piece and resource of the row, or the cut of the estimate."""
-    return [
-        dict(zip(("pool", "piece", "resource") if row.column is not None else ("pool", "cut"), row.key, strict=True))
-        for row in (*routing.data.rows, *routing.cuts)
-        if abs(_dual(row, duals)) > 1e-9
-    ]
+def binding_rows(scenario: Scenario, routing: Routing, duals: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Pools whose limit carries a price, each with the piece and the resource that bind, by (1) or by the estimate."""
+    keys = [row.key for row in routing.data.rows if abs(_dual(row, duals)) > _PRICED]
+    for cut in routing.cuts:
+        mix = routing.data.rates * np.asarray(routing.best)[:, cut.pool]
+        if abs(_dual(cut, duals)) > _PRICED and mix.any():
+            felt = replica_capacity(scenario.pools[cut.pool], scenario.workload.classes, mix)
+            keys.append((*cut.key, felt.piece, felt.resource))
+    return [dict(zip(("pool", "piece", "resource"), key, strict=True)) for key in dict.fromkeys(keys)]
 
 
 def resource_prices(

@@ -8,13 +8,15 @@ a request to the replica with the fewest requests, waiting ones counted four tim
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
 from formulations import blocks
-from formulations.data import Routing, RoutingData, estimated_needs, revise_cuts
+from formulations.data import RoutingData
 from formulations.prices import binding_rows, pool_duals, resource_prices, split_plan
+from formulations.search import Routing, advance, consider, needs
+from llmopt.errors import Infeasible
 from llmopt.lengths import Floats
 from llmopt.plan import Plan
 from llmopt.scenario import Scenario
@@ -25,42 +27,44 @@ from llmopt.solution import Solve
 class MaxMargin:
     """max theta: the largest factor by which all arrivals can grow together while every pool stays stable.
 
-    accuracy: relative excess of the step-mean estimate over the program that is left alone; inf for no cuts, which
-    leaves the outer bound (1). modeler: the same program in Pyomo or, faster to build, in CVXPY.
+    estimate: judge pools by the step-mean estimate, else by the outer bound (1) alone; accuracy: relative gain that
+    is not worth another round; modeler: the same program in Pyomo or, faster to build, in CVXPY.
     """
 
+    estimate: bool = True
     accuracy: float = 0.002
     modeler: Literal["pyomo", "cvxpy"] = "pyomo"
     name: str = "max-margin"
 
     def build(self, scenario: Scenario) -> Any:
-        """Maximise theta over  (1), (2), (3) with total theta."""
+        """Maximise theta over (1), (2), (3) with total theta."""
         return self.program(RoutingData.of(scenario))
 
     def program(self, data: RoutingData) -> Any:
         """The program from its data alone."""
         model = _max_margin_in_pyomo(data) if self.modeler == "pyomo" else _max_margin_in_cvxpy(data)
-        model.routing = Routing(data, count=data.replicas)
+        model.routing.estimate = self.estimate
         return model
 
-    def tighten(self, model: Any, scenario: Scenario) -> int:
-        """Cut with the step-mean estimate where a pool needs more replicas than it has."""
-        return _tighten_margin(model, scenario, self.accuracy)
+    def tighten(self, model: Any, solve: Solve, scenario: Scenario) -> int:
+        """Linearise the estimate at the best split."""
+        return _improve_margin(self, model, solve, scenario)
 
     def extract(self, model: Any, solve: Solve, scenario: Scenario) -> Plan:
-        """The best split seen, with prices in requests/s; `bound_rate` is what (1) allows under any routing."""
-        routing: Routing = model.routing
-        replica, total = pool_duals(routing, solve.duals), scenario.workload.total_rate
-        prices = resource_prices(scenario, routing, solve, blocks.split(model), replica, total)
-        return _margin_plan(
-            self,
-            model,
+        """The best split, with prices in requests/s; `bound_rate` is what (1) allows under any routing."""
+        routing, total = _best_margin(model, solve, scenario), scenario.workload.total_rate
+        scaled = routing.merit * np.asarray(routing.best)
+        prices = resource_prices(scenario, routing, solve, scaled, pool_duals(routing, solve.duals), total)
+        plan = split_plan(
+            self.name,
             scenario,
-            bound_rate=(routing.first or solve.objective) * total,
+            routing,
+            bound_rate=routing.bound * total,
             prices=prices,
             price_unit="requests/s",
-            binding=binding_rows(routing, solve.duals),
+            binding=binding_rows(scenario, routing, solve.duals),
         )
+        return _proven(plan, routing, solve)
 
 
 @dataclass(frozen=True)
@@ -68,24 +72,28 @@ class FewPools:
     """max theta when each class may use at most `pools_per_class` pools; other settings as in MaxMargin."""
 
     pools_per_class: int = 1
+    estimate: bool = True
     accuracy: float = 0.002
     name: str = "few-pools"
 
     def build(self, scenario: Scenario) -> Any:
-        """Maximise theta over  (1), (2), (3), (5)."""
+        """Maximise theta over (1), (2), (3), (5)."""
         data = RoutingData.of(scenario)
         model = _max_margin_in_pyomo(data)
         blocks.at_most(model, data, self.pools_per_class, _largest_alone(data))
-        model.routing = Routing(data, count=data.replicas)
+        model.routing.estimate, model.routing.radius = self.estimate, 1.0
         return model
 
-    def tighten(self, model: Any, scenario: Scenario) -> int:
+    def tighten(self, model: Any, solve: Solve, scenario: Scenario) -> int:
         """As MaxMargin."""
-        return _tighten_margin(model, scenario, self.accuracy)
+        return _improve_margin(self, model, solve, scenario)
 
     def extract(self, model: Any, solve: Solve, scenario: Scenario) -> Plan:
-        """The best split seen; a mixed-integer program has no prices."""
-        return _margin_plan(self, model, scenario, pools_per_class=self.pools_per_class)
+        """The best split; a mixed-integer program has no prices."""
+        routing = _best_margin(model, solve, scenario)
+        bound_rate = routing.bound * scenario.workload.total_rate
+        plan = split_plan(self.name, scenario, routing, bound_rate=bound_rate, pools_per_class=self.pools_per_class)
+        return _proven(plan, routing, solve)
 
 
 @dataclass(frozen=True)
@@ -93,66 +101,88 @@ class MinCost:
     """min sum_j price_j used_j: the cheapest replicas that serve everybody within a target load and the TPOTs.
 
     objective: `cost` (USD/hour; replicas if the scenario has no prices) or `load` (mean share of all replicas in
-    use); load: largest load of a replica in use; accuracy: as in MaxMargin.
+    use); load: largest load of a replica in use; estimate, accuracy: as in MaxMargin.
     """
 
     objective: Literal["cost", "load"] = "cost"
     load: float = 0.9
+    estimate: bool = True
     accuracy: float = 0.002
     name: str = "min-cost"
 
     def build(self, scenario: Scenario) -> Any:
-        """Minimise sum_j price_j used_j over  (1) with load x used_j, (2), (3) with total 1, (4), (6)."""
+        """Minimise sum_j price_j used_j over (1) with load x used_j, (2), (3) with total 1, (4), (6)."""
         import pyomo.environ as pyo
 
         data, required = blocks.tpot_of_pools(RoutingData.of(scenario))
-        weight = _price_of_replicas(data, self.objective)
         m = pyo.ConcreteModel(self.name)
         m.x = blocks.fractions(data)
         m.used = pyo.Var(data.pools, bounds=(0, None), doc="replicas in use, fractional")
-        used = [m.used[name] for name in data.pools]
         m.over = pyo.Var(bounds=(0, None), initialize=0.0, doc="relative shortage of replicas")
         m.over.fix()
-        penalty = _PENALTY * float(weight @ data.replicas)
-        m.total = pyo.Objective(expr=sum(float(w) * n for w, n in zip(weight, used, strict=True)) + penalty * m.over)
+        used, granted = list(m.used.values()), [self.load * n for n in m.used.values()]
+        m.total = pyo.Objective(expr=self._bill(data, used, m.over))
         m.tpot = blocks.tpot(m, data, required, used)
         m.replicas = blocks.replicas(m, data)
-        m.stability = blocks.stability(m, data, [self.load * n for n in used])
+        m.stability = blocks.stability(m, data, granted, f"load at most {self.load:g}")
         m.served = blocks.served(m, data, 1.0)
-        m.routing = Routing(data, count=[self.load * n for n in used])
+        m.routing = Routing(data, granted, estimate=self.estimate)
         return m
 
-    def tighten(self, model: Any, scenario: Scenario) -> int:
-        """Cut with the step-mean estimate where a pool needs more than `load` times the replicas in use.
+    def tighten(self, model: Any, solve: Solve, scenario: Scenario) -> int:
+        """Linearise the estimate at the best split.
 
-        A cut may be wrong by more than the slack of a tight program, so that from now on a shortage is penalised
-        rather than refused; the cuts are revised where it leads.
+        It may need more replicas than there are where (1) did not, so a shortage is penalised from now on.
         """
-        x, room = blocks.split(model), self.load * blocks.value(model, "used")
+        x = blocks.split(model)
+        merit, _, _ = self._merit(model.routing, scenario, x)
+        if not advance(scenario, model.routing, x, merit, solve, self.accuracy):
+            return 0
         model.over.unfix()
-        return _revise(model, scenario, x, room, self.accuracy)
+        blocks.refine(model)
+        return 1
 
     def extract(self, model: Any, solve: Solve, scenario: Scenario) -> Plan:
-        """Read the split and the replicas in use; prices are savings of the objective."""
-        blocks.refuse_shortage(
-            self.name, blocks.value(model, "over"), f"replicas than there are at a load of {self.load:g}"
-        )
-        routing: Routing = model.routing
-        x = blocks.split(model)
+        """The best split and the replicas it uses; prices are savings of the objective."""
+        routing, x = model.routing, blocks.split(model)
+        consider(routing, x, self._merit(routing, scenario, x)[0], solve)
+        cost, used, over = self._merit(routing, scenario, routing.best)
+        _refuse_shortage(self.name, over, f"at a load of {self.load:g}")
         replica = np.array([solve.duals[f"replicas[{pool}]"] for pool in routing.data.pools])
         if self.objective == "load":
-            replica = replica - solve.objective / routing.data.replicas.sum()
-        return split_plan(
+            replica = replica - cost / float(routing.data.replicas.sum())
+        plan = split_plan(
             self.name,
             scenario,
-            x,
-            cost=solve.objective,
-            cost_unit=_cost_unit(routing.data, self.objective),
-            replicas_used={pool: n.value for pool, n in model.used.items()},
-            prices=resource_prices(scenario, routing, solve, x, replica),
-            price_unit=_cost_unit(routing.data, self.objective),
-            binding=binding_rows(routing, solve.duals),
+            routing,
+            cost=cost,
+            cost_unit=self._unit(routing.data),
+            replicas_used=dict(zip(routing.data.pools, used.tolist(), strict=True)),
+            prices=resource_prices(scenario, routing, solve, routing.best, replica),
+            price_unit=self._unit(routing.data),
+            binding=binding_rows(scenario, routing, solve.duals),
         )
+        return _proven(plan, routing, solve)
+
+    def _merit(self, routing: Routing, scenario: Scenario, x: Floats) -> tuple[float, Floats, float]:
+        """Bill, replicas used and relative shortage of a split."""
+        _, required = blocks.tpot_of_pools(routing.data)
+        in_time = blocks.tpot_needs(routing.data, required, x)
+        used = np.maximum(needs(scenario, routing, x) / self.load, in_time)
+        over = max(float((used / routing.data.replicas).max()) - 1.0, 0.0)
+        return float(self._bill(routing.data, used, over)), used, over
+
+    def _bill(self, data: RoutingData, used: Any, over: Any) -> Any:
+        """sum_j price_j used_j, and a penalty on a shortage; for variables and for numbers."""
+        price = data.price if data.price.any() else np.ones(len(data.pools))
+        price = np.full(len(data.pools), 1.0 / float(data.replicas.sum())) if self.objective == "load" else price
+        penalty = _PENALTY * float(price @ data.replicas)
+        return sum(float(p) * n for p, n in zip(price, used, strict=True)) + penalty * over
+
+    def _unit(self, data: RoutingData) -> str:
+        if self.objective == "load":
+            return "share of replicas in use"
+        return "USD/hour" if data.price.any() else "replicas"
 
 
 @dataclass(frozen=True)
@@ -160,86 +190,89 @@ class MinDelay:
     """min (1/lambda) sum_j n_j rho_j / (1 - rho_j): work times the factor 1 / (1 - rho) by which queueing stretches it.
 
     For processor sharing this is the mean time in system, in seconds. The convex term is approached from below by
-    tangents, so that HiGHS solves it as a linear program with a proven bound; `cone=True` hands the term itself to
-    a conic solver. gap: relative gap at which tangents stop; most: largest load of a pool; accuracy: as in MaxMargin.
+    tangents, so that HiGHS solves it as a linear program with a proven bound. most: largest load of a pool; estimate,
+    accuracy: as in MaxMargin; cone: hand the term itself, over (1) alone, to a conic solver.
     """
 
-    gap: float = 1e-5
     most: float = 0.99
-    accuracy: float = 0.0005
+    estimate: bool = True
+    accuracy: float = 0.001
     cone: bool = False
     name: str = "min-delay"
 
     def build(self, scenario: Scenario) -> Any:
-        """Minimise sum_j n_j d_j / lambda over  (1) with n_j rho_j, (2), (3) with total 1, (7), (8)."""
+        """Minimise sum_j n_j d_j / lambda over (1) with n_j rho_j, (2), (3) with total 1, (7), (8)."""
         import cvxpy as cp
 
         data = RoutingData.of(scenario)
         x, load = cp.Variable(len(data.pairs), nonneg=True, name="x"), cp.Variable(len(data.pools), name="load")
         delay = cp.Variable(len(data.pools), nonneg=True, name="delay")
-        term = cp.inv_pos(1 - load) - 1 if self.cone else delay
+        term, granted = cp.inv_pos(1 - load) - 1 if self.cone else delay, cp.multiply(data.replicas, load)
         limits = [
             blocks.at_most_load(load, data, self.most),
-            blocks.within(x, data, data.rows, cp.multiply(data.replicas, load)),
+            blocks.within(x, data, data.rows, granted),
             blocks.served_by(x, data, 1.0),
         ]
         tangents = [] if self.cone else [blocks.tangent(delay, load, r * np.ones(len(data.pools))) for r in _KNOTS]
-        weight = data.replicas / scenario.workload.total_rate
-        problem: Any = cp.Problem(cp.Minimize(weight @ term), limits + tangents)
-        problem.name, problem.routing = self.name, Routing(data, count=cp.multiply(data.replicas, load))
+        problem: Any = cp.Problem(cp.Minimize(data.replicas / data.rates.sum() @ term), limits + tangents)
+        problem.name, problem.routing = self.name, Routing(data, granted, estimate=self.estimate and not self.cone)
         return problem
 
-    def tighten(self, model: Any, scenario: Scenario) -> int:
-        """Tangents at the current loads while the gap is open, and cuts of the step-mean estimate."""
-        routing: Routing = model.routing
-        x, load, value = blocks.split(model), blocks.value(model, "load"), float(model.value)
-        changed = _revise(model, scenario, x, routing.data.replicas * load, self.accuracy)
-        if changed and not self.cone and "over" not in model.var_dict:
+    def tighten(self, model: Any, solve: Solve, scenario: Scenario) -> int:
+        """Linearise the delay at the load of the program and of the split, and the estimate at the best split."""
+        routing, x = model.routing, blocks.split(model)
+        merit, load = self._merit(routing, scenario, x)
+        if self.cone or not advance(scenario, routing, x, merit, solve, self.accuracy):
+            return 0
+        delay, felt = model.var_dict["delay"], model.var_dict["load"]
+        at = [np.minimum(r, self.most) for r in (blocks.value(model, "load"), load)]
+        blocks.replace_rows(model, [*model.constraints, *(blocks.tangent(delay, felt, r) for r in at)])
+        if "over" not in model.var_dict:
             self._soften(model)
-        if not self.cone and load.max() < 1 and _delay(routing, load, scenario) > value * (1 + self.gap):
-            touching = blocks.tangent(model.var_dict["delay"], model.var_dict["load"], load)
-            blocks.replace_rows(model, [*model.constraints, touching])
-            changed += len(load)
-        return changed
+        blocks.refine(model)
+        return 1
+
+    def extract(self, model: Any, solve: Solve, scenario: Scenario) -> Plan:
+        """The best split with its delay by the estimate."""
+        routing, x = model.routing, blocks.split(model)
+        consider(routing, x, self._merit(routing, scenario, x)[0], solve)
+        value, load = self._merit(routing, scenario, routing.best)
+        _refuse_shortage(self.name, float(load.max()) / self.most - 1.0, f"at a load of {self.most:g}")
+        replica = load / (1 - load) / routing.data.rates.sum() + load * pool_duals(routing, solve.duals)
+        plan = split_plan(
+            self.name,
+            scenario,
+            routing,
+            mean_delay=value,
+            prices=resource_prices(scenario, routing, solve, routing.best, replica),
+            price_unit="s of mean delay",
+            binding=binding_rows(scenario, routing, solve.duals),
+        )
+        return plan if self.cone else _proven(plan, routing, solve)
+
+    def _merit(self, routing: Routing, scenario: Scenario, x: Floats) -> tuple[float, Floats]:
+        """Delay of a split and the load of its pools; beyond `most` the delay goes on along its tangent, penalised."""
+        n, total = routing.data.replicas, float(routing.data.rates.sum())
+        load = needs(scenario, routing, x) / n
+        inside = np.minimum(load, self.most)
+        delay = inside / (1 - inside) + (load - inside) / (1 - self.most) ** 2
+        over = max(float(load.max()) / self.most - 1.0, 0.0)
+        return float(n @ delay + _PENALTY * n.sum() * over) / total, load
 
     def _soften(self, model: Any) -> None:
-        """Penalise a load above `most` rather than refuse it, since cuts may be wrong by more than the slack."""
+        """Penalise a load above `most` rather than refuse it, for the estimate may be above it where (1) was not."""
         import cvxpy as cp
 
         over, data = cp.Variable(nonneg=True, name="over"), model.routing.data
         limit = blocks.at_most_load(model.var_dict["load"], data, self.most, over)
-        rest = [c for c in model.constraints if c.label != "load"]
         penalty = _PENALTY * float(data.replicas.sum() / data.rates.sum())
+        rest = [c for c in model.constraints if c.label != "load"]
         blocks.replace_rows(model, [*rest, limit], cp.Minimize(model.objective.expr + penalty * over))
 
-    def extract(self, model: Any, solve: Solve, scenario: Scenario) -> Plan:
-        """Read the split; the value is the true delay at the split, the bound is what the program proved."""
-        routing: Routing = model.routing
-        if "over" in model.var_dict:
-            blocks.refuse_shortage(self.name, blocks.value(model, "over"), f"replicas at a load of {self.most:g}")
-        x, load = blocks.split(model), blocks.value(model, "load")
-        value = _delay(routing, load, scenario)
-        replica = load / (1 - load) / scenario.workload.total_rate + load * pool_duals(routing, solve.duals)
-        plan = split_plan(
-            self.name,
-            scenario,
-            x,
-            mean_delay=value,
-            prices=resource_prices(scenario, routing, solve, x, replica),
-            price_unit="s of mean delay",
-            binding=binding_rows(routing, solve.duals),
-        )
-        return replace(plan, solve=solve if self.cone else replace(solve, objective=value))
 
-
-_PATIENCE = 3
 _PENALTY = 1e5
-_KNOTS = 1.0 - 0.75 ** np.arange(16)
-
-
-def _delay(routing: Routing, load: Floats, scenario: Scenario) -> float:
-    """(1/lambda) sum_j n_j rho_j / (1 - rho_j), s."""
-    return float(routing.data.replicas @ (load / (1 - load))) / scenario.workload.total_rate
+_ROUNDING = 1e-7
+_KNOTS = 1.0 - 0.85 ** np.arange(29)
 
 
 def _max_margin_in_pyomo(data: RoutingData) -> Any:
@@ -251,6 +284,7 @@ def _max_margin_in_pyomo(data: RoutingData) -> Any:
     m.goal = pyo.Objective(expr=m.margin, sense=pyo.maximize)
     m.stability = blocks.stability(m, data, data.replicas.tolist())
     m.served = blocks.served(m, data, m.margin)
+    m.routing = Routing(data, data.replicas.tolist(), total=m.margin)
     return m
 
 
@@ -260,40 +294,42 @@ def _max_margin_in_cvxpy(data: RoutingData) -> Any:
     x, margin = cp.Variable(len(data.pairs), nonneg=True, name="x"), cp.Variable(nonneg=True, name="margin")
     rows = [blocks.within(x, data, data.rows, data.replicas), blocks.served_by(x, data, margin)]
     problem: Any = cp.Problem(cp.Maximize(margin), rows)
-    problem.name = "max-margin"
+    problem.name, problem.routing = "max-margin", Routing(data, data.replicas, total=margin)
     return problem
 
 
-def _tighten_margin(model: Any, scenario: Scenario, accuracy: float) -> int:
-    """Cut, and remember the split with the margin that the estimate gives it; stop when three rounds gained nothing."""
-    routing: Routing = model.routing
-    x, margin = blocks.split(model), blocks.value(model, "margin")
-    routing.first = margin if routing.first is None else routing.first
-    if not np.isfinite(accuracy):
+def _improve_margin(formulation: MaxMargin | FewPools, model: Any, solve: Solve, scenario: Scenario) -> int:
+    x = blocks.split(model)
+    merit = _margin(model.routing, scenario, x)
+    if not advance(scenario, model.routing, x, merit, solve, formulation.accuracy):
         return 0
-    needs = estimated_needs(scenario, x)
-    routing.tried.append((margin / float((needs / routing.data.replicas).max()), x / margin))
-    margins = [tried for tried, _ in routing.tried]
-    if len(margins) > _PATIENCE and max(margins[-_PATIENCE:]) <= max(margins[:-_PATIENCE]) * (1 + accuracy):
-        return 0
-    return _revise(model, scenario, x, routing.data.replicas, accuracy, needs)
+    blocks.refine(model)
+    return 1
 
 
-def _revise(
-    model: Any, scenario: Scenario, x: Floats, room: Floats, accuracy: float, needs: Floats | None = None
-) -> int:
-    changed = revise_cuts(scenario, model.routing, x, room, accuracy, needs)
-    if changed:
-        blocks.set_cuts(model)
-    return changed
+def _best_margin(model: Any, solve: Solve, scenario: Scenario) -> Routing:
+    """The search record with the last solution taken in."""
+    x, routing = blocks.split(model), model.routing
+    consider(routing, x, _margin(routing, scenario, x), solve)
+    return cast(Routing, routing)
 
 
-def _margin_plan(formulation: MaxMargin | FewPools, model: Any, scenario: Scenario, **figures: Any) -> Plan:
-    """The plan of the best split seen, by the estimate."""
-    routing: Routing = model.routing
-    x, margin = blocks.split(model), blocks.value(model, "margin")
-    _, best = max([*routing.tried, (0.0, x / margin)], key=lambda tried: tried[0])
-    return split_plan(formulation.name, scenario, best, **figures)
+def _margin(routing: Routing, scenario: Scenario, x: Floats) -> float:
+    """Largest factor on all arrivals under which no pool needs more replicas than it has."""
+    return 1.0 / float((needs(scenario, routing, x) / routing.data.replicas).max())
+
+
+def _proven(plan: Plan, routing: Routing, solve: Solve) -> Plan:
+    """The value of the split by the estimate, against the bound that the first program proved for every split."""
+    return replace(plan, solve=replace(solve, objective=routing.merit, bound=routing.bound))
+
+
+def _refuse_shortage(name: str, over: float, what: str) -> None:
+    if over > _ROUNDING:
+        raise Infeasible(
+            f"{name}: by the step-mean estimate these rates need {over:.1%} more replicas {what}, though the bound (1) "
+            "would allow them; add replicas or lower the rate"
+        )
 
 
 def _largest_alone(data: RoutingData) -> Floats:
@@ -302,15 +338,3 @@ def _largest_alone(data: RoutingData) -> Floats:
     with np.errstate(divide="ignore"):
         alone = np.where(data.allowed, data.replicas / (data.rates[:, None] * seconds), 0.0)
     return np.asarray(np.minimum(alone, alone.sum(axis=1).min()))
-
-
-def _price_of_replicas(data: RoutingData, objective: str) -> Floats:
-    if objective == "load":
-        return np.full(len(data.pools), 1.0 / float(data.replicas.sum()))
-    return data.price if data.price.any() else np.ones(len(data.pools))
-
-
-def _cost_unit(data: RoutingData, objective: str) -> str:
-    if objective == "load":
-        return "share of replicas in use"
-    return "USD/hour" if data.price.any() else "replicas"

@@ -45,10 +45,10 @@ class Formulation(Protocol):
 
 @runtime_checkable
 class Tightening(Protocol):
-    """A formulation whose program is solved again after cuts that only a solution reveals."""
+    """A formulation whose program is solved again after changes that only a solution reveals, such as cuts."""
 
-    def tighten(self, model: Any, scenario: Scenario) -> int:
-        """Add the cuts that the loaded solution violates to `model`; return how many, 0 to stop."""
+    def tighten(self, model: Any, solve: Solve, scenario: Scenario) -> int:
+        """Change `model` in the light of its loaded solution; return how much was changed, 0 to stop."""
         ...
 
 
@@ -56,13 +56,13 @@ class Tightening(Protocol):
 class Optimized:
     """A policy that builds its formulation, solves it and returns the plan with its proof.
 
-    A formulation that can `tighten` is solved again after each batch of cuts, at most `rounds` times in all and
-    within `options.time_limit` seconds of solving; `Solve.rounds` says how many solves it took.
+    A formulation that can `tighten` is solved again after each change, at most `rounds` times in all and until
+    `options.time_limit` seconds have passed; `Solve.rounds` says how many solves it took.
     """
 
     formulation: Formulation
     options: SolveOptions = DEFAULT_OPTIONS
-    rounds: int = 20
+    rounds: int = 30
 
     @property
     def name(self) -> str:
@@ -70,7 +70,7 @@ class Optimized:
         return self.formulation.name
 
     def plan(self, scenario: Scenario) -> Plan:
-        """Build, solve, tighten while cuts are found, extract.
+        """Build, solve, tighten while it helps, extract.
 
         A plan that already carries a record (because its formulation proves more than the last program) keeps it.
 
@@ -84,8 +84,8 @@ class Optimized:
         start = perf_counter()
         model = self.formulation.build(scenario)
         record = solve(model, self.options)
-        while record.rounds < self.rounds and self._cut(model, scenario):
-            again = self._again(model, record)
+        while record.rounds < self.rounds and self._tighten(model, record, scenario):
+            again = self._again(model, record, self.options.time_limit - (perf_counter() - start))
             if again is None:
                 break
             record = again
@@ -93,14 +93,13 @@ class Optimized:
         plan = self.formulation.extract(model, record, scenario)
         return plan if plan.solve else replace(plan, solve=record)
 
-    def _cut(self, model: Any, scenario: Scenario) -> int:
-        return self.formulation.tighten(model, scenario) if isinstance(self.formulation, Tightening) else 0
+    def _tighten(self, model: Any, record: Solve, scenario: Scenario) -> int:
+        return self.formulation.tighten(model, record, scenario) if isinstance(self.formulation, Tightening) else 0
 
-    def _again(self, model: Any, record: Solve) -> Solve | None:
-        """Solve in the time that is left; None if it does not suffice, when the last solution is still loaded."""
+    def _again(self, model: Any, record: Solve, rest: float) -> Solve | None:
+        """Solve in the `rest` of the time; None if it does not suffice, when the last solution is still loaded."""
         from llmopt.solve import solve
 
-        rest = self.options.time_limit - record.solve_seconds
         if rest <= 0:
             return None
         try:

@@ -448,7 +448,7 @@ class Ladder:
         m.cuts.add(m.x <= 10)
         return m
 
-    def tighten(self, model, scenario):
+    def tighten(self, model, solve, scenario):
         if len(model.cuts) == 3 and self.last:
             self.last(model)
         else:
