@@ -14,7 +14,7 @@ from llmopt.scenario import Pool
 from llmopt.workload import Pairs, RequestClass
 
 SAMPLE = 4096
-AGES = 24
+AGES, LIVES = 24, 1024
 GOLDEN = 1.2207440846057596
 """Root of x^4 = x + 1: powers of its inverse give the 3-dimensional Kronecker sequence of lowest known discrepancy."""
 
@@ -54,11 +54,12 @@ class Mix:
         Admissions follow each other at the pace of their prompts, so a request of prompt s brings the deviation
         x(t) - E x(t) s / E s of what it holds at age t; the variance is the integral of its mean square over t.
         """
-        width = (float(self.d.max()) + 1) / AGES
+        s, d = self.s[:LIVES], self.d[:LIVES]
+        width = (float(d.max()) + 1) / AGES
         age = (np.arange(AGES)[:, None] + 0.5) * width
-        alive = (self.d >= age).astype(float)
-        held = alive * (self.s + self.d if self.pool.preemption == "reserve" else self.s + age)
-        pace = self.s / self.s.mean()
+        alive = (d >= age).astype(float)
+        held = alive * (s + d if self.pool.preemption == "reserve" else s + age)
+        pace = s / s.mean()
         slots, memory = (float(((x - np.outer(x.mean(1), pace)) ** 2).mean(1).sum()) * width for x in (alive, held))
         return slots, memory
 
