@@ -46,10 +46,10 @@ class Solve:
     """What one solve returned.
 
     termination: why it stopped; objective: value of the incumbent in the model's sense; bound: proven bound on the
-    optimum in the same sense (equal to `objective` for an LP); build_seconds, solve_seconds: wall-clock; solver,
-    version: who solved; variables, constraints: size after translation; duals: value of one more unit on the
-    right-hand side of each named constraint, in the model's sense, empty for a MILP; rounds: how often the model was
-    solved, tightened by cuts in between.
+    optimum in the same sense (equal to `objective` for a linear program; for one that is refined in rounds, what its
+    first and widest form proved); build_seconds, solve_seconds: wall-clock; solver, version: who solved; variables,
+    constraints: size after translation; duals: value of one more unit on the right-hand side of each named
+    constraint, in the model's sense, empty for a MILP; rounds: how often the model was solved, changed in between.
     """
 
     termination: Termination
