@@ -22,7 +22,7 @@ def steps_to_wait(world: World, rep: Any, i: int) -> int:
     for k in range(rep.block):
         classes[k] = world.classes[rep.classes + k]
     active = rep.gliding
-    total = rep.kv - rep.steps * active - rep.starved + rep.slots * active
+    total = rep.kv + (rep.slots - rep.steps) * active
     t = rep.steps
     while True:
         due = next_due(world, rep, t) if active > 0 else NEVER
@@ -64,7 +64,7 @@ def end_of(rep: Any, req: Any) -> int:
     after = rep.steps + req.output - req.emitted
     if req.prefilling:
         return after + 1 + filling_steps(rep, req) - rep.first_step
-    return after + 1 - req.taken
+    return after
 
 
 @compiled

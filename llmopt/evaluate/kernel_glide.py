@@ -43,39 +43,16 @@ def start_gliding(world: World, rep: Any, i: int) -> None:
 
 @compiled
 def stop_gliding(world: World, rep: Any, i: int) -> None:
-    """Undo `start_gliding` between two steps, or in a step that is being scheduled."""
+    """Undo `start_gliding`."""
     req = world.reqs[i]
     leave_bucket(world, rep, i)
     world.classes[rep.classes + (req.offset + rep.slots) % rep.block] -= 1
-    idle = 1 if req.starved == rep.steps else 0
-    req.computed = req.offset + rep.steps + idle
-    req.emitted = req.output - req.due + rep.steps + idle
-    req.area += req.computed * (req.computed + 1) // 2 - idle * req.computed
+    req.computed = req.offset + rep.steps
+    req.emitted = req.output - req.due + rep.steps
+    req.area += req.computed * (req.computed + 1) // 2
     req.gliding = 0
-    rep.starved -= idle
-    rep.starved_kv -= idle * req.computed
     rep.gliding -= 1
     rep.kv -= req.computed
-
-
-@compiled
-def starve(world: World, rep: Any, i: int) -> None:
-    """A gliding request gets no token in the step that is being scheduled: it ends one step later."""
-    req = world.reqs[i]
-    computed = req.offset + rep.steps
-    k = (req.offset + rep.slots) % rep.block
-    if rep.mode != RESERVE and (k + rep.steps) % rep.block == 0:
-        rep.need -= 1
-    world.classes[rep.classes + k] -= 1
-    world.classes[rep.classes + (k - 1) % rep.block] += 1
-    leave_bucket(world, rep, i)
-    req.offset -= 1
-    req.due += 1
-    join_bucket(world, rep, i)
-    req.area += computed
-    req.starved = rep.steps
-    rep.starved += 1
-    rep.starved_kv += computed
 
 
 @inlined
@@ -112,7 +89,7 @@ def glide(world: World, rep: Any, until: float) -> int:
 
     Returns the number of steps made.
     """
-    if rep.single_head != NONE or rep.gliding == 0 or rep.gliding > rep.budget:
+    if rep.single_head != NONE or rep.gliding == 0:
         return 0
     due = next_due(world, rep, rep.steps)
     most = due - rep.steps

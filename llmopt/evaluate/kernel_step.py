@@ -14,7 +14,6 @@ from llmopt.evaluate.kernel_glide import (
     held_by,
     show,
     start_gliding,
-    starve,
     stop_gliding,
 )
 from llmopt.evaluate.kernel_lists import join_batch, join_singles, leave_batch, leave_singles, queue, requeue
@@ -51,8 +50,6 @@ def arrive(world: World, r: int, i: int, time: float) -> None:
 @inlined
 def schedule(world: World, rep: Any) -> None:
     """Form the batch of the step that starts at the clock."""
-    rep.starved = 0
-    rep.starved_kv = 0
     rep.need = world.classes[rep.classes + -rep.steps % rep.block] if rep.mode != RESERVE else 0
     left = allot(world, rep)
     if rep.mode != RESERVE:
@@ -78,7 +75,10 @@ def demand(rep: Any, req: Any) -> int:
 
 @inlined
 def allot(world: World, rep: Any) -> int:
-    """Give the running requests their tokens of this step, in order; returns what is left of the budget."""
+    """Give the running requests their tokens of this step; returns what is left of the budget.
+
+    Demands never grow and each was met when the next request was admitted, so the budget can only cut the last one.
+    """
     reqs = world.reqs
     left = rep.budget - rep.gliding
     i = rep.single_head
@@ -87,31 +87,10 @@ def allot(world: World, rep: Any) -> int:
         req.taken = demand(rep, req)
         left -= req.taken
         i = req.link_next
-    last = rep.single_tail
-    if left >= 0:
-        return left
-    if last != NONE and last == rep.batch_tail and left + reqs[last].taken >= 0:
-        reqs[last].taken += left
-    else:
-        ration(world, rep)
-    return 0
-
-
-@compiled
-def ration(world: World, rep: Any) -> None:
-    """The budget ends before the batch does: walk it and let the rest go without tokens."""
-    left = rep.budget
-    i = rep.batch_head
-    while i != NONE:
-        req = world.reqs[i]
-        if not req.gliding:
-            req.taken = min(req.taken, left)
-            left -= req.taken
-        elif left > 0:
-            left -= 1
-        else:
-            starve(world, rep, i)
-        i = req.next
+    if left < 0:
+        reqs[rep.single_tail].taken += left
+        return 0
+    return left
 
 
 @compiled
@@ -119,7 +98,7 @@ def preempt(world: World, rep: Any, i: int) -> None:
     """Move the youngest request to the front of the queue, in a step that is being scheduled."""
     req = world.reqs[i]
     if req.gliding:
-        if req.starved != rep.steps and (req.offset + rep.slots + rep.steps) % rep.block == 0:
+        if (req.offset + rep.slots + rep.steps) % rep.block == 0:
             rep.need -= 1
         stop_gliding(world, rep, i)
     else:
@@ -187,8 +166,7 @@ def fits_now(world: World, rep: Any, i: int) -> bool:
         wait = steps_to_wait(world, rep, i)
         if wait == 0:
             return True
-        # the projection stays true only while nobody is in prefill and nobody lacks budget
-        rep.retry = rep.steps + (wait if rep.single_head == NONE and rep.starved == 0 else 1)
+        rep.retry = rep.steps + wait
         return False
     needed = held_by(rep, req, max(req.target, req.computed + req.taken))
     if needed <= rep.blocks - rep.used:
@@ -201,8 +179,8 @@ def fits_now(world: World, rep: Any, i: int) -> bool:
 def duration(world: World, rep: Any) -> float:
     """Step time of the scheduled batch, s."""
     rep.prefill = 0
-    rep.decode = rep.gliding - rep.starved
-    kv = rep.kv - rep.starved_kv
+    rep.decode = rep.gliding
+    kv = rep.kv
     pairs = 0.0
     i = rep.single_head
     while i != NONE:
@@ -210,7 +188,7 @@ def duration(world: World, rep: Any) -> float:
         if req.prefilling:
             rep.prefill += req.taken
             pairs += req.taken * (req.computed + 0.5 * req.taken)
-        elif req.taken > 0:
+        else:
             rep.decode += 1
             kv += req.computed
         i = req.link_next
@@ -236,8 +214,8 @@ def complete(world: World, rep: Any, seconds: float) -> None:
     rep.held += use
     rep.held_time += use * seconds
     rep.peak = max(rep.peak, use)
-    rep.single_kv += tokens - (rep.gliding - rep.starved)
-    rep.kv += rep.gliding - rep.starved
+    rep.single_kv += tokens - rep.gliding
+    rep.kv += rep.gliding
     i = rep.single_head
     while i != NONE:
         after = world.reqs[i].link_next
@@ -262,7 +240,7 @@ def step_single(world: World, rep: Any, i: int) -> None:
         req.emitted += rep.first_step
         rep.outstanding -= rep.first_step
     else:
-        req.emitted += req.taken
+        req.emitted += 1
     if req.emitted == 0:
         # first_token = "decode": the next step is looked at too, because it times the first token
         return

@@ -40,8 +40,6 @@ REQUEST = np.dtype(
         ("area", "i8"),
         ("offset", "i8"),
         ("due", "i8"),
-        # step count of the last step in which a gliding request got no token
-        ("starved", "i8"),
         *((name, "i4") for name in ("prompt", "output", "computed", "emitted", "target", "taken")),
         *((name, "i4") for name in ("preemptions", "replica")),
         # neighbours in the queue or the batch; neighbours in the list of singles or in a bucket of the ring
@@ -69,8 +67,8 @@ REPLICA = np.dtype(
         *((name, "i8") for name in ("seen_waiting", "seen_running", "seen_used", "seen_outstanding")),
         # step count before which the head of the queue cannot be admitted
         ("retry", "i8"),
-        # the last step: tokens, new blocks, gliding requests without a token and their computed tokens
-        *((name, "i8") for name in ("prefill", "decode", "need", "starved", "starved_kv")),
+        # the last step: tokens, and new blocks of the requests that ran before it
+        *((name, "i8") for name in ("prefill", "decode", "need")),
         *((name, "i8") for name in ("steps", "prefill_tokens", "decode_tokens", "preemptions", "held", "wasted")),
         *((name, "i8") for name in ("peak",)),
         ("busy", "f8"),
@@ -129,7 +127,7 @@ def build_world(pools: Sequence[Pool], requests: Requests) -> World:
 def _requests(requests: Requests) -> Table:
     table = np.zeros(len(requests), REQUEST)
     table["arrival"], table["prompt"], table["output"] = requests.arrival, requests.prompt, requests.output
-    table["target"], table["prefilling"], table["starved"] = requests.prompt, 1, NONE
+    table["target"], table["prefilling"] = requests.prompt, 1
     for name in ("scheduled", "first_token", "finish"):
         table[name] = np.nan
     return table
