@@ -160,7 +160,7 @@ def _proof_view(plan: Plan) -> Table:
         "proven bound": number(solve.bound, 6),
         "relative gap": number(solve.gap, 2),
         "size": f"{solve.variables} variables, {solve.constraints} constraints",
-        "solved": "once" if solve.rounds == 1 else f"{solve.rounds} times, with cuts in between",
+        "solved": "once" if solve.rounds == 1 else f"{solve.rounds} times, refined in between",
         "seconds": f"{number(solve.build_seconds, 2)} to build, {number(solve.solve_seconds, 2)} to solve",
         "solver": f"{solve.solver} {solve.version}",
     }
