@@ -29,7 +29,8 @@ class Routing:
     data: sets and data; count: replicas granted to each pool, numbers or expressions (n_pools,); total: what the
     fractions of a class sum to; estimate: judge loads by the step-mean estimate, else by (1) alone; best: best split
     so far, shape (n_classes, n_pools), rows summing to 1, and `merit` its objective; bound: what the first program
-    proved; cuts: tangents of the estimate at `best`; radius: how far a fraction may move from `best`.
+    proved; cuts: tangents of the estimate at `best`; radius: how far a fraction may move from `best`; alone: load of
+    a pool by one request/s of each class alone (n_classes,), for pools that had to be asked.
     """
 
     data: RoutingData
@@ -41,6 +42,7 @@ class Routing:
     bound: float = np.nan
     cuts: list[Row] = field(default_factory=list)
     radius: float = START
+    alone: dict[int, Floats] = field(default_factory=dict)
 
 
 def needs(scenario: Scenario, routing: Routing, fractions: Floats) -> Floats:
@@ -81,11 +83,11 @@ def advance(
     if left <= accuracy * abs(routing.merit) or (routing.estimate and routing.radius < SMALLEST):
         return False
     if kept and routing.estimate:
-        routing.cuts = tangents(scenario, routing.data, fractions)
+        routing.cuts = tangents(scenario, routing, fractions)
     return True
 
 
-def tangents(scenario: Scenario, data: RoutingData, fractions: Floats) -> list[Row]:
+def tangents(scenario: Scenario, routing: Routing, fractions: Floats) -> list[Row]:
     """Tangents of the estimate at a split, one row for each pool.
 
     With rho_j(y) the estimated load at class rates y_c = lambda_c x_cj, homogeneous of degree 1,
@@ -94,11 +96,15 @@ def tangents(scenario: Scenario, data: RoutingData, fractions: Floats) -> list[R
     """
     rows = []
     for j, pool in enumerate(scenario.pools):
-        flow = data.rates * fractions[:, j]
-        if flow.any():
-            slope = load_gradient(pool, scenario.workload.classes, flow)
-        else:
-            alone = np.diag(data.allowed[:, j].astype(float))
-            slope = np.array([estimated_load(pool, scenario.workload.classes, one) for one in alone])
+        flow = routing.data.rates * fractions[:, j]
+        slope = load_gradient(pool, scenario.workload.classes, flow) if flow.any() else _alone(scenario, routing, j)
         rows.append(Row(j, (pool.name,), pool.replicas * np.maximum(slope, 0.0)))
     return rows
+
+
+def _alone(scenario: Scenario, routing: Routing, j: int) -> Floats:
+    if j not in routing.alone:
+        pool, classes = scenario.pools[j], scenario.workload.classes
+        ones = np.diag(routing.data.allowed[:, j].astype(float))
+        routing.alone[j] = np.array([estimated_load(pool, classes, one) for one in ones])
+    return routing.alone[j]

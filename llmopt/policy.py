@@ -57,7 +57,8 @@ class Optimized:
     """A policy that builds its formulation, solves it and returns the plan with its proof.
 
     A formulation that can `tighten` is solved again after each change, at most `rounds` times in all and until
-    `options.time_limit` seconds have passed; `Solve.rounds` says how many solves it took.
+    `options.time_limit` seconds have passed: each solve may take half of what is left, so that a first program that is
+    hard to prove leaves time to improve on it. `Solve.rounds` says how many solves it took.
     """
 
     formulation: Formulation
@@ -79,16 +80,15 @@ class Optimized:
         Infeasible, SolveError
             As `llmopt.solve.solve` does.
         """
-        from llmopt.solve import solve
-
         start = perf_counter()
         model = self.formulation.build(scenario)
-        record = solve(model, self.options)
+        again = isinstance(self.formulation, Tightening) and self.rounds > 1
+        record = self._solve(model, self.options.time_limit / 2 if again else self.options.time_limit)
         while record.rounds < self.rounds and self._tighten(model, record, scenario):
-            again = self._again(model, record, self.options.time_limit - (perf_counter() - start))
-            if again is None:
+            refined = self._refined(model, record, (self.options.time_limit - (perf_counter() - start)) / 2)
+            if refined is None:
                 break
-            record = again
+            record = refined
         record = replace(record, build_seconds=perf_counter() - start - record.solve_seconds)
         plan = self.formulation.extract(model, record, scenario)
         return plan if plan.solve else replace(plan, solve=record)
@@ -96,14 +96,17 @@ class Optimized:
     def _tighten(self, model: Any, record: Solve, scenario: Scenario) -> int:
         return self.formulation.tighten(model, record, scenario) if isinstance(self.formulation, Tightening) else 0
 
-    def _again(self, model: Any, record: Solve, rest: float) -> Solve | None:
-        """Solve in the `rest` of the time; None if it does not suffice, when the last solution is still loaded."""
+    def _solve(self, model: Any, seconds: float) -> Solve:
         from llmopt.solve import solve
 
-        if rest <= 0:
+        return solve(model, self.options.model_copy(update={"time_limit": seconds}))
+
+    def _refined(self, model: Any, record: Solve, seconds: float) -> Solve | None:
+        """Solve again; None if the time does not suffice, when the last solution is still loaded."""
+        if seconds <= 0:
             return None
         try:
-            again = solve(model, self.options.model_copy(update={"time_limit": rest}))
+            again = self._solve(model, seconds)
         except Infeasible:
             raise
         except SolveError:
