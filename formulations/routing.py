@@ -100,7 +100,7 @@ class FewPools:
 class MinCost:
     """min sum_j price_j used_j: the cheapest replicas that serve everybody within a target load and the TPOTs.
 
-    objective: `cost` (USD/hour; replicas if the scenario has no prices) or `load` (mean share of all replicas in
+    objective: `cost` (USD/hour; replicas unless every pool has a price) or `load` (mean share of all replicas in
     use); load: largest load of a replica in use; estimate, accuracy: as in MaxMargin.
     """
 
@@ -174,7 +174,7 @@ class MinCost:
 
     def _bill(self, data: RoutingData, used: Any, over: Any) -> Any:
         """sum_j price_j used_j, and a penalty on a shortage; for variables and for numbers."""
-        price = data.price if data.price.any() else np.ones(len(data.pools))
+        price = data.price if data.price.all() else np.ones(len(data.pools))
         price = np.full(len(data.pools), 1.0 / float(data.replicas.sum())) if self.objective == "load" else price
         penalty = _PENALTY * float(price @ data.replicas)
         return sum(float(p) * n for p, n in zip(price, used, strict=True)) + penalty * over
@@ -182,7 +182,7 @@ class MinCost:
     def _unit(self, data: RoutingData) -> str:
         if self.objective == "load":
             return "share of replicas in use"
-        return "USD/hour" if data.price.any() else "replicas"
+        return "USD/hour" if data.price.all() else "replicas"
 
 
 @dataclass(frozen=True)

@@ -348,7 +348,7 @@ def test_min_cost_fills_the_cheapest_pool_first():
     assert plan.figures["prices"]["b"]["replica"] == pytest.approx(2 * 0.2 / 0.3 - 1)
     load = solved(MinCost(objective="load", estimate=False), case)
     assert load.router.fractions == pytest.approx(np.array([[0.75, 0.25]]))
-    free = solved(MinCost(estimate=False), larger(larger(case, 0, price=0.0), 1, price=0.0))
+    free = solved(MinCost(estimate=False), larger(case, 1, price=0.0))
     assert free.figures["cost_unit"] == "replicas" and free.figures["cost"] == pytest.approx(2 + 3 * 0.3 / 0.9)
 
 
