@@ -71,7 +71,7 @@ class MaxMargin:
 class FewPools:
     """max theta when each class may use at most `pools_per_class` pools; other settings as in MaxMargin."""
 
-    pools_per_class: int = 1
+    pools_per_class: int = 2
     estimate: bool = True
     accuracy: float = 0.002
     name: str = "few-pools"

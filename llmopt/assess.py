@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,11 @@ from llmopt.stability import PoolRows, stability_rows
 TARGET_LOAD = 0.9
 """Load that a pool is sized for: N = ceil(lambda / (0.9 mu)), Nie, Si & Zhou 2605.04595, section 7.1."""
 MINUTE = 60.0
+MORE = 1.1
+"""Factor by which a cap is raised to see whether it binds."""
+FELT = 0.005
+"""Gain in capacity from `MORE` of a cap below which the cap is said not to bind."""
+CAPS = {"kv": "kv_capacity", "batch": "max_batch", "tokens": "token_budget"}
 PLAIN_SPLIT = "in proportion to what the pools could serve of each class alone"
 Verdict = Literal["stable", "unstable", "too close to call"]
 
@@ -36,7 +42,8 @@ class PoolReport:
 
     rate: requests/s that it gets on average; rows: loads of the rows (1); outer_load: the largest of them; load:
     estimated load; peak_load: the same at the highest rate of a time-varying workload; replicas_needed: for an
-    estimated load of at most `TARGET_LOAD`; capacity: of one replica at its class mix, None if it gets nothing.
+    estimated load of at most `TARGET_LOAD`; capacity: of one replica at its class mix, None if it gets nothing;
+    relief: by how much, relatively, `MORE` times each cap would raise that capacity.
     """
 
     pool: str
@@ -48,6 +55,13 @@ class PoolReport:
     peak_load: float
     replicas_needed: int
     capacity: Capacity | None
+    relief: Mapping[str, float]
+
+    @property
+    def binds(self) -> str:
+        """The cap whose raise gains most, or ``time`` if none gains anything: then only faster steps help."""
+        most = max(self.relief, key=lambda r: self.relief[r], default="time")
+        return most if self.relief.get(most, 0.0) >= FELT else "time"
 
     @property
     def error(self) -> float:
@@ -61,8 +75,8 @@ class StabilityReport:
 
     router: whose split it is; fractions (n_classes, n_pools); load: the largest estimated load; error: its relative
     half-width; rate: mean arrivals, requests/s; critical_rate, outer_rate: total arrivals at which the first pool
-    reaches load 1 by the estimate and by (1), all classes scaled together; pool, piece, resource: what binds;
-    sentences: the verdict, its reasons and caveats in words.
+    reaches load 1 by the estimate and by (1), all classes scaled together; pool, piece, resource: what binds, with
+    ``time`` for the resource where no cap does; sentences: the verdict, its reasons and caveats in words.
     """
 
     router: str
@@ -154,7 +168,19 @@ def _pool_report(scenario: Scenario, pool: Pool, rows: PoolRows, rates: Floats, 
         peak_load=load * peak,
         replicas_needed=_needed(load, pool.replicas),
         capacity=capacity,
+        relief=_relief(scenario, pool, rates, capacity.rate) if capacity and capacity.rate > 0 else {},
     )
+
+
+def _relief(scenario: Scenario, pool: Pool, rates: Floats, rate: float) -> dict[str, float]:
+    """Relative gain in capacity from `MORE` times each cap, by the estimate; never negative."""
+    raised = {
+        resource: pool.model_copy(update={key: math.ceil(getattr(pool, key) * MORE)}) for resource, key in CAPS.items()
+    }
+    return {
+        resource: max(replica_capacity(more, scenario.workload.classes, rates).rate / rate - 1, 0.0)
+        for resource, more in raised.items()
+    }
 
 
 def _needed(load: float, replicas: int) -> int:
@@ -179,7 +205,7 @@ def _report(router: str, split: Floats, pools: tuple[PoolReport, ...]) -> Stabil
         outer_rate=outer,
         pool=worst.pool,
         piece=worst.capacity.piece,
-        resource=worst.capacity.resource,
+        resource=worst.binds,
         verdict=verdict,
         sentences=tuple(_sentences(router, verdict, worst, pools, rate, critical, outer)),
     )
@@ -207,10 +233,7 @@ def _sentences(
 ) -> list[str]:
     said = [_verdict_sentence(verdict, worst, pools)]
     if worst.capacity is not None and worst.capacity.rate > 0:
-        said.append(
-            f"What binds is {_resource(worst.capacity.resource)} of pool {worst.pool!r}, and most of its time goes to "
-            f"steps in which {worst.capacity.piece!r} is the largest piece."
-        )
+        said.append(_binding_sentence(worst, worst.capacity.piece))
         said.append(
             f"Routed {router}, the critical rate is {critical:.4g} requests/s in all (now {rate:.4g}), to within "
             f"{worst.error:.1%}; no policy with this split can carry more than {outer:.4g} ({_gap(critical, outer)})."
@@ -232,9 +255,15 @@ def _verdict_sentence(verdict: Verdict, worst: PoolReport, pools: tuple[PoolRepo
     return f"Unstable: {head}; the backlog grows without end."
 
 
-def _resource(name: str) -> str:
-    words = {"kv": "the KV memory", "batch": "the batch slots (max_batch)", "tokens": "the token budget"}
-    return words[name]
+def _binding_sentence(worst: PoolReport, piece: str) -> str:
+    """What would help the pool that reaches load 1 first."""
+    words = {"kv": "KV memory", "batch": "batch slots (max_batch)", "tokens": "token budget"}
+    gains = ", ".join(f"{words[r]} {gain:+.1%}" for r, gain in worst.relief.items())
+    binds = f"the {words[worst.binds]}" if worst.binds in words else "the time of the steps themselves"
+    return (
+        f"What binds first is {binds} of pool {worst.pool!r}, mostly in steps whose largest piece is {piece!r}; "
+        f"{MORE - 1:.0%} more of each cap would change its capacity by: {gains}."
+    )
 
 
 def _gap(critical: float, outer: float) -> str:

@@ -58,8 +58,16 @@ def replica_capacity(pool: Pool, classes: Sequence[RequestClass], mix: Floats, s
 
     Deterministic; `seed` shuffles the sample that the fluctuations are taken from. A class that does not fit into a
     replica makes the capacity 0.
+
+    Raises
+    ------
+    ValueError
+        If the mix has a negative entry or no positive one.
     """
-    shares = np.asarray(mix, dtype=float) / float(np.sum(mix))
+    weights = np.asarray(mix, dtype=float)
+    if not (weights >= 0).all() or weights.sum() <= 0:
+        raise ValueError(f"mix = {weights.tolist()} has no shares; give non-negative weights, one of them positive")
+    shares = weights / weights.sum()
     outer = outer_rate(pool, classes, shares)
     unfit = [c.name for c, x in zip(classes, shares, strict=True) if x > 0 and not pool.fits(c.largest)]
     if unfit:

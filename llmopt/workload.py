@@ -199,4 +199,4 @@ def _identity(x: Floats) -> Floats:
 
 def _mean(law: Law, f: Function) -> float:
     values, probs = law.pmf
-    return float(f(values.astype(float)) @ probs)
+    return float((f(values.astype(float)) * probs).sum())

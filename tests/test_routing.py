@@ -536,7 +536,7 @@ def test_few_pools_finds_the_best_assignment_by_the_estimate(seed):
         1 / max(need[j, tuple(int(a == j) for a in picks)] for j in range(3))
         for picks in itertools.product(range(3), repeat=3)
     )
-    plan = solved(FewPools(), case)
+    plan = solved(FewPools(1), case)
     assert plan.solve.objective == pytest.approx(best, rel=0.005) and plan.solve.bound >= plan.solve.objective
 
 
@@ -565,7 +565,7 @@ def test_few_pools_reports_the_gap_at_a_time_limit():
         [pool(f"p{j}", worked(*rng.uniform(0.1, 1, 2).tolist())) for j in range(12)],
         [cls(f"c{c}", *rng.integers(50, 900, 2).tolist(), 1.0) for c in range(60)],
     )
-    plan = solved(FewPools(estimate=False), case, time_limit=1.0, gap=0.0)
+    plan = solved(FewPools(1, estimate=False), case, time_limit=1.0, gap=0.0)
     assert plan.solve.termination is Termination.TIME_LIMIT and plan.solve.bound > plan.solve.objective
     assert plan.solve.label == f"time limit, gap {plan.solve.gap:.2%}"
     check_plan(plan, case)
