@@ -6,8 +6,8 @@ and can be stepped through in a debugger. Requests and replicas are objects inst
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import make_dataclass
 from functools import cache
 from types import FunctionType, SimpleNamespace
 from typing import Any
@@ -50,7 +50,7 @@ class PythonCore:
         plain: Any = {name: array.tolist() for name, array in self._tables._asdict().items()}
         plain["reqs"] = self._reqs = _objects(self._tables.reqs)
         plain["reps"] = self._reps = _objects(self._tables.reps)
-        self.world = World(**plain)
+        self.world: Any = make_dataclass("PlainWorld", World._fields, slots=True)(**plain)
 
     def run(self, routing: Routing) -> int:
         """Play all requests; returns -1, or the number of a request that its replica can never hold."""
@@ -81,12 +81,7 @@ class PythonCore:
 
 
 def _objects(table: Table) -> list[Any]:
-    """One object per record; a column of equal values becomes an attribute of the class."""
-    columns = {name: table[name].tolist() for name in table.dtype.names or ()}
-    same = {name: values[0] for name, values in columns.items() if values and len(set(values)) == 1}
-    kind = type("Record", (), {**same, **{name: math.nan for name in ("scheduled", "first_token", "finish")}})
-    objects = [kind() for _ in range(len(table))]
-    for name in columns.keys() - vars(kind).keys():
-        for item, value in zip(objects, columns[name], strict=True):
-            setattr(item, name, value)
-    return objects
+    """One object per record."""
+    names = table.dtype.names or ()
+    kind = make_dataclass("Record", names, slots=True)
+    return list(map(kind, *(table[name].tolist() for name in names)))
