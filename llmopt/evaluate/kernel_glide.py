@@ -39,6 +39,7 @@ def start_gliding(world: World, rep: Any, i: int) -> None:
     join_bucket(world, rep, i)
     rep.gliding += 1
     rep.kv += req.computed
+    rep.due = min(rep.due, req.due)
 
 
 @compiled
@@ -87,12 +88,11 @@ def show(rep: Any, outstanding: int) -> None:
 def glide(world: World, rep: Any, until: float) -> int:
     """Make at once all steps that start before `until`, up to the first in which a request ends or memory runs out.
 
-    Returns the number of steps made.
+    All running requests glide. Returns the number of steps made.
     """
-    if rep.single_head != NONE or rep.gliding == 0:
-        return 0
-    due = next_due(world, rep, rep.steps)
-    most = due - rep.steps
+    if rep.due <= rep.steps:
+        rep.due = next_due(world, rep, rep.steps)
+    most = rep.due - rep.steps
     if rep.waiting > 0:
         most = min(most, rep.retry - rep.steps)
         if most <= 0:
@@ -117,7 +117,7 @@ def glide(world: World, rep: Any, until: float) -> int:
     if rep.kv > rep.peak:
         rep.peak = rep.kv
     show(rep, rep.outstanding + gliding)
-    if rep.steps == due:
+    if rep.steps == rep.due:
         finish_due(world, rep)
     return steps
 

@@ -25,7 +25,7 @@ def advance(world: World, r: int, until: float) -> None:
     """Make every step of replica `r` that starts before `until`."""
     rep = world.reps[r]
     while rep.clock < until and rep.waiting + rep.running > 0:
-        if glide(world, rep, until) == 0:
+        if rep.single_head != NONE or rep.gliding == 0 or glide(world, rep, until) == 0:
             schedule(world, rep)
             seconds = duration(world, rep)
             show(rep, rep.outstanding)

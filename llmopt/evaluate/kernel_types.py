@@ -65,8 +65,8 @@ REPLICA = np.dtype(
         *((name, "i8") for name in ("used", "outstanding", "kv", "single_kv")),
         # what a router sees before the clock, while the last step is under way
         *((name, "i8") for name in ("seen_waiting", "seen_running", "seen_used", "seen_outstanding")),
-        # step count before which the head of the queue cannot be admitted
-        ("retry", "i8"),
+        # step counts: no gliding request ends before `due` (if that lies ahead), no queued one is admitted before `retry`
+        *((name, "i8") for name in ("due", "retry")),
         # the last step: tokens, and new blocks of the requests that ran before it
         *((name, "i8") for name in ("prefill", "decode", "need")),
         *((name, "i8") for name in ("steps", "prefill_tokens", "decode_tokens", "preemptions", "held", "wasted")),
