@@ -73,15 +73,15 @@ COMPARISON_COLUMNS = (
     "goodput (1/s)",
     "USD/M tokens",
     "gap",
-    "solve (s)",
+    "plan (s)",
     "run (s)",
 )
 
 
 def _comparison_row(comparison: Comparison, outcome: Outcome) -> list[RenderableType]:
     head: list[RenderableType] = [outcome.policy, verdict(outcome.fluid_verdict), verdict(outcome.verdict)]
-    solve, run = (duration(outcome.seconds.get(key, math.nan)) for key in ("solve", "run"))
-    end: list[RenderableType] = [number(outcome.gap, 2), solve, run]
+    plan, run = (duration(outcome.seconds.get(key, math.nan)) for key in ("plan", "run"))
+    end: list[RenderableType] = [number(outcome.gap, 2), plan, run]
     if outcome.simulated is None:
         return [*head, *["–"] * 6, *end]
     mean = {key: value.mean for key, value in outcome.estimates(comparison.scenario.evaluation.confidence).items()}

@@ -200,7 +200,7 @@ class Comparison:
             | {"margin": outcome.margin}
             | {name: metrics[name].mean if name in metrics else float("nan") for name in names}
             | {"gap": outcome.gap}
-            | {f"{key}_s": outcome.seconds.get(key, float("nan")) for key in ("solve", "run")}
+            | {f"{key}_s": outcome.seconds.get(key, float("nan")) for key in ("plan", "run")}
             | {"status": outcome.status}
         )
 

@@ -1,0 +1,56 @@
+"""Bring the printed output and the picture in the documents up to date: `python -m docs.refresh`, then read the diff.
+
+Every console block keeps its commands and as many lines under each as it had; the lines are what the command prints
+now. The conventions are those of tests/test_readme.py, which holds the documents to what is printed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from llmopt.cli import main
+from tests.test_readme import DOCUMENTS, FENCE, ROOT, blocks, commands
+
+PICTURE = "backlog.png"
+
+
+def refreshed(body: str) -> str:
+    """The console block with the lines that its commands print now."""
+    lines = (line for command, said in commands(body) for line in [f"$ {command}", *_lines(command, said)])
+    return "\n".join(lines) + "\n"
+
+
+def _lines(command: str, said: list[str]) -> list[str]:
+    """As many lines as `said` has; none of a command that is not ours is run."""
+    words = command.split()
+    if not said or words[0] != "llmopt":
+        return said
+    result = CliRunner().invoke(main, words[1:], catch_exceptions=False)
+    return [line.rstrip() for line in result.stdout.splitlines() if line.strip()][: len(said)]
+
+
+def refresh(document: Path) -> None:
+    """Rewrite one document."""
+    for block in blocks(document):
+        if block.file is not None:
+            Path(block.file).write_text(block.body)
+
+    def block(match: re.Match[str]) -> str:
+        return match[0].replace(match["body"], refreshed(match["body"])) if match["kind"] == "console" else match[0]
+
+    document.write_text(FENCE.sub(block, document.read_text()))
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        for path in DOCUMENTS:
+            refresh(path)
+        CliRunner().invoke(main, ["compare", "quickstart", "--report", "demo"], catch_exceptions=False)
+        shutil.copy(Path("demo") / PICTURE, ROOT / "docs" / "img" / PICTURE)
