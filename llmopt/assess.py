@@ -64,6 +64,12 @@ class PoolReport:
         return most if self.relief.get(most, 0.0) >= FELT else "time"
 
     @property
+    def caveats(self) -> tuple[str, ...]:
+        """What the estimate does not cover, in sentences that name the pool."""
+        said = self.capacity.caveats if self.capacity else ()
+        return tuple(f"Pool {self.pool!r}: {c[0].lower()}{c[1:]}" for c in said)
+
+    @property
     def error(self) -> float:
         """Half-width of `load` relative to it."""
         return self.capacity.error if self.capacity else 0.0
@@ -240,7 +246,7 @@ def _sentences(
         )
     said += [s for p in pools for s in _needs(p)]
     said += _peaks(pools)
-    return said + [f"Pool {p.pool!r}: {c[0].lower()}{c[1:]}" for p in pools if p.capacity for c in p.capacity.caveats]
+    return said + [caveat for p in pools for caveat in p.caveats]
 
 
 def _verdict_sentence(verdict: Verdict, worst: PoolReport, pools: tuple[PoolReport, ...]) -> str:

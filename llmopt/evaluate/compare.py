@@ -133,7 +133,7 @@ class _Game:
         decided = plan.router.fractions if isinstance(plan.router, Router) else None
         fractions = simulated.fractions if decided is None else decided
         theory = assess(self.scenario, fractions, router=policy.name)
-        notes = tuple(caveat for pool in theory.pools if pool.capacity for caveat in pool.capacity.caveats)
+        notes = tuple(caveat for pool in theory.pools for caveat in pool.caveats)
         load = np.array([pool.load for pool in theory.pools])
         outcome = replace(outcome, fractions=fractions, load=load, notes=notes)
         margin = theory.critical_rate / theory.rate
