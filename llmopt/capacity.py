@@ -161,7 +161,7 @@ def _caveats(mix: Mix, saturation: Saturation, locked: float | None, modes: int,
     if saturation.resource != "tokens" and saturation.crowded > 0.25:
         said.append(
             f"Prefill fills the token budget in {saturation.crowded:.0%} of the steps, so memory and "
-            f"slots are refilled late; a larger token_budget may raise the capacity."
+            f"slots are refilled late."
         )
     if saturation.over > 0.02:
         said.append(
