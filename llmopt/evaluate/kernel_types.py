@@ -65,7 +65,7 @@ REPLICA = np.dtype(
         *((name, "i8") for name in ("used", "outstanding", "kv", "single_kv")),
         # what a router sees before the clock, while the last step is under way
         *((name, "i8") for name in ("seen_waiting", "seen_running", "seen_used", "seen_outstanding")),
-        # step counts: no gliding request ends before `due` (if that lies ahead), no queued one is admitted before `retry`
+        # step counts: before `due`, if that lies ahead, no gliding request ends; before `retry` nobody can be admitted
         *((name, "i8") for name in ("due", "retry")),
         # the last step: tokens, and new blocks of the requests that ran before it
         *((name, "i8") for name in ("prefill", "decode", "need")),
