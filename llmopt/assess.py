@@ -199,22 +199,29 @@ def _report(router: str, split: Floats, pools: tuple[PoolReport, ...]) -> Stabil
     assert worst.capacity is not None
     rate = sum(p.rate for p in pools)
     critical, outer = _over(rate, worst.load), _over(rate, max(p.outer_load for p in pools))
-    verdict = _verdict(pools)
+    verdict, error = _verdict(pools), _error(worst, pools)
     return StabilityReport(
         router=router,
         fractions=split,
         pools=pools,
         rate=rate,
         load=worst.load,
-        error=worst.error,
+        error=error,
         critical_rate=critical,
         outer_rate=outer,
         pool=worst.pool,
         piece=worst.capacity.piece,
         resource=worst.binds,
         verdict=verdict,
-        sentences=tuple(_sentences(router, verdict, worst, pools, rate, critical, outer)),
+        sentences=tuple(_sentences(router, verdict, worst, pools, rate, critical, outer, error)),
     )
+
+
+def _error(worst: PoolReport, pools: tuple[PoolReport, ...]) -> float:
+    """By how much, relatively, the largest load may be higher: a pool close to it may be known less well."""
+    if not 0 < worst.load < math.inf:
+        return worst.error
+    return max(p.load * (1 + p.error) for p in pools) / worst.load - 1
 
 
 def _over(rate: float, load: float) -> float:
@@ -236,13 +243,14 @@ def _sentences(
     rate: float,
     critical: float,
     outer: float,
+    error: float,
 ) -> list[str]:
     said = [_verdict_sentence(verdict, worst, pools)]
     if worst.capacity is not None and worst.capacity.rate > 0:
         said.append(_binding_sentence(worst, worst.capacity.piece))
         said.append(
             f"Routed {router}, the critical rate is {critical:.4g} requests/s in all (now {rate:.4g}), to within "
-            f"{worst.error:.1%}; no policy with this split can carry more than {outer:.4g} ({_gap(critical, outer)})."
+            f"{error:.1%}; no policy with this split can carry more than {outer:.4g} ({_gap(critical, outer)})."
         )
     said += [s for p in pools for s in _needs(p)]
     said += _peaks(pools)

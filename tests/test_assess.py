@@ -133,6 +133,19 @@ def test_the_report_is_json() -> None:
     assert np.sum(data["fractions"], axis=1) == pytest.approx(1.0)
 
 
+def test_the_error_of_the_critical_rate_covers_every_pool_near_it() -> None:
+    """Two pools carry the same load, but in one of them a request takes an eighth of the memory."""
+    pools = [factories.pool("roomy"), factories.pool("tight", kv_capacity=1600)]
+    sketch = factories.scenario(pools)
+    roomy, tight = (assess(sketch, np.array([x])).critical_rate for x in ([1.0, 0.0], [0.0, 1.0]))
+    share = 1.001 * roomy / (1.001 * roomy + tight)
+    report = assess(sketch, np.array([[share, 1 - share]]))
+    (first, second), error = report.pools, report.error
+    assert report.pool == "roomy" and second.error > 1.5 * first.error
+    assert report.load * (1 + error) == pytest.approx(second.load * (1 + second.error))
+    assert f"to within {error:.1%}" in " ".join(report.sentences)
+
+
 def test_fractions_of_the_wrong_shape_are_refused() -> None:
     with pytest.raises(ScenarioError, match=r"fractions have shape \(1, 2\), not \(1, 1\)"):
         assess(at(0.5), np.ones((1, 2)))
