@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llmopt.evaluate.kernel import CompiledCore
-from llmopt.evaluate.saturate import Saturation, saturated_throughput
+from llmopt.evaluate.saturate import SaturatedRun, saturated_throughput
 from llmopt.evaluate.simulate import simulate
 from llmopt.lengths import Floats, Ints
 from llmopt.plan import Plan, index_router
@@ -247,7 +247,7 @@ def test_saturation_needs_enough_requests() -> None:
 def test_the_window_of_saturation_is_consistent() -> None:
     pool = make_pool("recompute", kv_capacity=3000, prefill_chunk=64)
     run = saturated_throughput(pool, *uniform(160, 160)(np.random.default_rng(0), 5000))
-    assert isinstance(run, Saturation)
+    assert isinstance(run, SaturatedRun)
     assert run.completed / (run.end - run.start) == run.rate
     assert run.totals.busy[0] == pytest.approx(run.end - run.start)
     assert run.step_time == pytest.approx(1.0)

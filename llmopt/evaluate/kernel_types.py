@@ -98,7 +98,7 @@ class World(NamedTuple):
 
 # Kernels allocate nothing and borrow all arrays, so they do without reference counts: these are atomic, and took nine
 # tenths of the time.
-_OPTIONS: dict[str, Any] = {"cache": True, "error_model": "numpy", "_nrt": False}
+_OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy", "_nrt": False}
 
 
 def compiled(function: F) -> F:

@@ -13,7 +13,7 @@ from llmopt.scenario import Pool
 
 
 @dataclass(frozen=True)
-class Saturation:
+class SaturatedRun:
     """What a permanently backlogged replica does in the window (start, end], s.
 
     rate: completions/s; completed: completions; totals: arrays of shape (1,), `peak` over the whole run up to `end`.
@@ -41,7 +41,7 @@ class Saturation:
         return float(self.totals.busy[0] / self.totals.steps[0])
 
 
-def saturated_throughput(pool: Pool, prompt: Ints, output: Ints, warmup: float = 0.2) -> Saturation:
+def saturated_throughput(pool: Pool, prompt: Ints, output: Ints, warmup: float = 0.2) -> SaturatedRun:
     """Throughput of one replica of `pool` that finds all requests waiting at time 0.
 
     The window starts when a fraction `warmup` of the requests is done and ends when the last request leaves the
@@ -75,7 +75,7 @@ def saturated_throughput(pool: Pool, prompt: Ints, output: Ints, warmup: float =
     window = Backlog(pool, prompt, output)
     totals = _difference(window.play(start), window.play(end))
     completed = int(((trial.finish > start) & (trial.finish <= end)).sum())
-    return Saturation(completed / (end - start), start, end, completed, totals)
+    return SaturatedRun(completed / (end - start), start, end, completed, totals)
 
 
 def _difference(first: ReplicaTotals, last: ReplicaTotals) -> ReplicaTotals:
