@@ -134,6 +134,16 @@ def test_saturated_throughput_of_every_preemption_mode(instance: str, mode: str)
     assert run.rate * mean_area == pytest.approx(run.use - run.waste, rel=0.01)
 
 
+def test_saturated_throughput_when_other_resources_bind() -> None:
+    """theory/stability.md 1.4 (v): batch slots max_batch / E[K + o], token budget budget / E[s + o]."""
+    prompt, output = uniform(400, 100)(np.random.default_rng(1), 20_000)
+    slots = make_pool("recompute", kv_capacity=100_000, max_batch=16, prefill_chunk=64)
+    steps = -(-prompt // 64) + output
+    assert saturated_throughput(slots, prompt, output).rate == pytest.approx(16 / steps.mean(), rel=0.01)
+    budget = make_pool("recompute", kv_capacity=100_000, token_budget=96)
+    assert saturated_throughput(budget, prompt, output).rate == pytest.approx(96 / (prompt + output).mean(), rel=0.01)
+
+
 @pytest.mark.parametrize("mode", ["lookahead", "restart"])
 def test_a_burst_locks_homogeneous_requests_in(mode: str) -> None:
     """theory/stability.md 1.5: at load 0.8 stable from empty, at 0.7499 for ever after a burst of 2000 requests."""
