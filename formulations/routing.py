@@ -51,7 +51,10 @@ class MaxMargin:
         return _improve_margin(self, model, solve, scenario)
 
     def extract(self, model: Any, solve: Solve, scenario: Scenario) -> Plan:
-        """The best split, with prices in requests/s; `bound_rate` is what (1) allows under any routing."""
+        """The best split, with prices in requests/s; `bound_rate` is what (1) allows any split of the classes.
+
+        A rule that tells requests of one class apart by their lengths may carry more: cut the class to bound it too.
+        """
         routing, total = _best_margin(model, solve, scenario), scenario.workload.total_rate
         scaled = routing.merit * np.asarray(routing.best)
         prices = resource_prices(scenario, routing, solve, scaled, pool_duals(routing, solve.duals), total)
