@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from llmopt.evaluate.simulate import simulate
     from llmopt.plan import Plan, Router, index_router, split_router
     from llmopt.policy import Optimized
+    from llmopt.reading import load_scenario
     from llmopt.registry import get_policy, plan, policy_names
-    from llmopt.scenario import Scenario, load_scenario
+    from llmopt.scenario import Scenario
     from llmopt.solution import SolveOptions
     from llmopt.solve import solve
     from llmopt.traces import read_trace
@@ -45,7 +46,7 @@ _HOME = {
     "evaluate_fluid": "llmopt.evaluate.fluid",
     "get_policy": "llmopt.registry",
     "index_router": "llmopt.plan",
-    "load_scenario": "llmopt.scenario",
+    "load_scenario": "llmopt.reading",
     "plan": "llmopt.registry",
     "policy_names": "llmopt.registry",
     "read_trace": "llmopt.traces",

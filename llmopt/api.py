@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from llmopt.errors import ScenarioError
 from llmopt.policy import Policy
+from llmopt.reading import load_scenario
 from llmopt.registry import get_policy, plan, policy_names
-from llmopt.scenario import Scenario, load_scenario
+from llmopt.scenario import Scenario
 
 if TYPE_CHECKING:
     from llmopt.assess import StabilityReport

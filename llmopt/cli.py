@@ -210,7 +210,7 @@ def list_command(json_file: str | None) -> None:
 def prepared(source: str, trace: str | None, rate: float | None, load: float | None) -> Scenario:
     """The scenario with the options of the command line applied."""
     from llmopt.api import at_load, at_rate
-    from llmopt.scenario import load_scenario
+    from llmopt.reading import load_scenario
 
     scenario = load_scenario(source, trace)
     if rate is not None and load is not None:

@@ -51,7 +51,8 @@ def trace_data(trace: Trace) -> dict[str, Any]:
 def catalogue() -> dict[str, dict[str, str]]:
     """Policies, scenarios and hardware by name, one line each."""
     from llmopt.catalog import catalog_entry, catalog_names
-    from llmopt.registry import bundled_scenarios, get_policy, policy_names
+    from llmopt.reading import bundled_scenarios
+    from llmopt.registry import get_policy, policy_names
 
     return {
         "policies": {name: first_line(get_policy(name)) for name in policy_names()},

@@ -19,8 +19,21 @@ def bundled_scenarios() -> dict[str, Path]:
     return {file.stem: file for file in sorted(SCENARIOS.glob("*.toml"))}
 
 
-def read_scenario(path: str | Path, trace: str | Path | None = None) -> Scenario:
-    """Read, resolve and validate; `llmopt.scenario.load_scenario` has the contract."""
+def load_scenario(path: str | Path, trace: str | Path | None = None) -> Scenario:
+    """Read, resolve and validate a scenario file.
+
+    Parameters
+    ----------
+    path
+        A TOML file, or the name of a bundled scenario such as ``quickstart``.
+    trace
+        A trace file to replay instead of the arrivals and lengths in the file.
+
+    Raises
+    ------
+    ScenarioError
+        With file, key, reason and remedy in one sentence.
+    """
     file = _locate(path)
     data = _toml(file)
     data.setdefault("name", file.stem)

@@ -78,14 +78,6 @@ def plan(scenario: Scenario, policy: str | Policy = "max-margin") -> Plan:
     return answer
 
 
-def bundled_scenarios() -> dict[str, Path]:
-    """Files of the bundled scenarios by name, in alphabetical order."""
-    import scenarios
-
-    folder = Path(next(iter(scenarios.__path__)))
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
-
-
 def _own(name: str) -> Policy:
     """The policy behind ``module:attribute``."""
     where, _, attribute = name.rpartition(":")

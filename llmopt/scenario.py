@@ -1,7 +1,7 @@
 """Scenarios: what is given. TOML in, validated frozen object out.
 
-`load_scenario` is the only way in: it reads the file, resolves catalog entries and a trace, checks everything and
-says in one sentence what is wrong, where, and how to fix it.
+`llmopt.reading.load_scenario` is the only way in: it reads the file, resolves catalog entries and a trace, checks
+everything and says in one sentence what is wrong, where, and how to fix it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import cached_property
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -205,23 +204,3 @@ def _put(data: dict[str, Any], key: str, value: Any) -> None:
         node[int(last) if isinstance(node, list) else last] = value
     except (ValueError, IndexError, AttributeError, TypeError):
         raise ScenarioError(f"{key}: no such place in a scenario; write it like pools.0.replicas") from None
-
-
-def load_scenario(path: str | Path, trace: str | Path | None = None) -> Scenario:
-    """Read, resolve and validate a scenario file.
-
-    Parameters
-    ----------
-    path
-        A TOML file, or the name of a bundled scenario such as ``quickstart``.
-    trace
-        A trace file to replay instead of the arrivals and lengths in the file.
-
-    Raises
-    ------
-    ScenarioError
-        With file, key, reason and remedy in one sentence.
-    """
-    from llmopt.reading import read_scenario
-
-    return read_scenario(path, trace)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from llmopt.errors import ScenarioError
-from llmopt.reading import bundled_scenarios, read_scenario
-from llmopt.scenario import load_scenario
+from llmopt.reading import bundled_scenarios, load_scenario
 
 SCENARIO = """
 [workload]
@@ -71,19 +70,21 @@ NO_LAWS = (
 
 
 def test_a_file_is_named_after_itself(write: Path) -> None:
-    assert read_scenario("s.toml").name == "s"
+    assert load_scenario("s.toml").name == "s"
     assert load_scenario(write / "s.toml").workload.rates.tolist() == [2.0, 2.0]
 
 
 def test_a_bundled_name_wins_over_a_file_beside_it(write: Path) -> None:
     (write / "quickstart").mkdir()
-    assert read_scenario("quickstart").name == "quickstart"
-    assert "quickstart" in bundled_scenarios()
+    assert load_scenario("quickstart").name == "quickstart"
+    found = bundled_scenarios()
+    assert "quickstart" in found
+    assert all(path.is_file() and path.stem == name for name, path in found.items())
 
 
 def test_catalog_fills_what_a_pool_does_not_give(write: Path) -> None:
     put(write, ("kv_capacity = 1600\nstep_time = [{ base = 0.01 }]", 'catalog = "nie-a100-llama3-8b"\nmax_batch = 7'))
-    pool = read_scenario("s.toml").pools[0]
+    pool = load_scenario("s.toml").pools[0]
     assert (pool.kv_capacity, pool.max_batch, pool.stepper()) == (131_000, 7, 0.0372)
     assert pool.catalog == "nie-a100-llama3-8b"
     assert "Nie, Si and Zhou" in pool.source
@@ -91,7 +92,7 @@ def test_catalog_fills_what_a_pool_does_not_give(write: Path) -> None:
 
 def test_trace_from_outside_is_replayed_whole(write: Path) -> None:
     """Four requests over 4 s stand for 16/3 s; prompts sort them into classes; the file's laws and rates give way."""
-    scenario = read_scenario("s.toml", "t.csv")
+    scenario = load_scenario("s.toml", "t.csv")
     assert scenario.evaluation.horizon == pytest.approx(16 / 3)
     assert scenario.workload.rates == pytest.approx([0.75 * 0.75, 0.25 * 0.75])
     requests = scenario.workload.sample(scenario.evaluation.horizon, 1)
@@ -109,14 +110,14 @@ def test_own_trace_is_relative_to_the_scenario(write: Path, monkeypatch: pytest.
     put(write, OWN_TRACE, REPLAY, NO_RATE, NO_SHARES, *NO_LAWS)
     (write / "sub").mkdir()
     monkeypatch.chdir(write / "sub")
-    assert len(read_scenario("../s.toml").workload.sample(100.0, 1)) == 4
+    assert len(load_scenario("../s.toml").workload.sample(100.0, 1)) == 4
 
 
 def test_a_replay_may_be_scaled_in_time_or_to_a_rate(write: Path) -> None:
     put(write, OWN_TRACE, ('law = "poisson"', 'law = "replay", time_scale = 0.5'), NO_RATE, NO_SHARES, *NO_LAWS)
-    assert read_scenario("s.toml").workload.sample(100.0, 1).arrival == pytest.approx([0.0, 0.5, 1.0, 2.0])
+    assert load_scenario("s.toml").workload.sample(100.0, 1).arrival == pytest.approx([0.0, 0.5, 1.0, 2.0])
     put(write, OWN_TRACE, REPLAY, ("rate = 4.0", "rate = 7.5"), NO_SHARES, *NO_LAWS)
-    scenario = read_scenario("s.toml")
+    scenario = load_scenario("s.toml")
     assert scenario.workload.total_rate == pytest.approx(7.5)
     assert scenario.workload.sample(100.0, 1).arrival == pytest.approx([0.0, 0.1, 0.2, 0.4])
     assert scenario.replace(**{"workload.rate": 0.75}).workload.sample(100.0, 1).arrival[-1] == pytest.approx(4.0)
@@ -133,14 +134,14 @@ def test_a_horizon_cuts_a_replay_and_its_rates(write: Path) -> None:
         *NO_LAWS,
         ("[[pools]]", "[evaluation]\nhorizon = 2.5\n\n[[pools]]"),
     )
-    scenario = read_scenario("s.toml")
+    scenario = load_scenario("s.toml")
     assert scenario.evaluation.horizon == 2.5
     assert scenario.workload.rates == pytest.approx([2 / 3, 1 / 3])
 
 
 def test_with_another_law_the_trace_gives_lengths_only(write: Path) -> None:
     put(write, OWN_TRACE, NO_SHARES, *NO_LAWS)
-    scenario = read_scenario("s.toml")
+    scenario = load_scenario("s.toml")
     assert scenario.workload.rates == pytest.approx([3.0, 1.0])
     requests = scenario.workload.sample(500.0, 1)
     assert set(zip(requests.prompt.tolist(), requests.output.tolist(), strict=True)) == {
@@ -150,15 +151,15 @@ def test_with_another_law_the_trace_gives_lengths_only(write: Path) -> None:
         (400, 20),
     }
     put(write, OWN_TRACE, *NO_LAWS)
-    assert read_scenario("s.toml").workload.rates == pytest.approx([2.0, 2.0])
+    assert load_scenario("s.toml").workload.rates == pytest.approx([2.0, 2.0])
     put(write, OWN_TRACE, NO_RATE, NO_SHARES, *NO_LAWS)
-    assert read_scenario("s.toml").workload.total_rate == pytest.approx(0.75)
+    assert load_scenario("s.toml").workload.total_rate == pytest.approx(0.75)
 
 
 def test_a_scenario_that_only_borrows_lengths_keeps_doing_so(write: Path) -> None:
     put(write, OWN_TRACE, *NO_LAWS)
     (write / "u.csv").write_text("prompt,output\n30,5\n300,5\n")
-    scenario = read_scenario("s.toml", "u.csv")
+    scenario = load_scenario("s.toml", "u.csv")
     assert scenario.workload.replay is None
     assert scenario.workload.rates == pytest.approx([2.0, 2.0])
     assert [c.prompt.largest for c in scenario.workload.classes] == [30, 300]
@@ -169,12 +170,12 @@ def test_the_digest_follows_the_content_of_a_trace_not_its_name(write: Path) -> 
     (write / "other.csv").write_text(TRACE.replace("2.0,60,9", "2.0,60,8"))
     (write / "later.csv").write_text(TRACE.replace("2.0,60,9", "2.5,60,9"))
     names = ("t.csv", "copy.csv", "other.csv", "later.csv")
-    first, copy, other, later = (read_scenario("s.toml", name).digest for name in names)
+    first, copy, other, later = (load_scenario("s.toml", name).digest for name in names)
     assert first == copy and len({first, other, later}) == 3
 
 
 def test_replace_keeps_a_replay(write: Path) -> None:
-    changed = read_scenario("s.toml", "t.csv").replace(**{"pools.0.replicas": 5})
+    changed = load_scenario("s.toml", "t.csv").replace(**{"pools.0.replicas": 5})
     assert changed.pools[0].replicas == 5
     assert changed.workload.sample(100.0, 1).output.tolist() == [5, 20, 9, 7]
     assert np.allclose(changed.workload.rates, [0.5625, 0.1875])
@@ -186,7 +187,7 @@ def test_long_requests_may_be_left_out(write: Path) -> None:
     (write / "s.toml").write_text(
         text.replace("prompts = [101, 2000]", "prompts = [60, 2000]").replace("[1, 100]", "[1, 59]")
     )
-    assert read_scenario("s.toml").workload.sample(100.0, 1).prompt.tolist() == [40, 60, 80]
+    assert load_scenario("s.toml").workload.sample(100.0, 1).prompt.tolist() == [40, 60, 80]
 
 
 BAD_TRACES = [
@@ -210,7 +211,7 @@ BAD_TRACES = [
 def test_traces_that_do_not_fit_are_refused(write: Path, text: str, words: str) -> None:
     (write / "t.csv").write_text(text)
     with pytest.raises(ScenarioError) as refused:
-        read_scenario("s.toml", "t.csv")
+        load_scenario("s.toml", "t.csv")
     assert str(refused.value).startswith("t.csv: ")
     assert words in str(refused.value)
 
@@ -220,13 +221,13 @@ def test_a_request_outside_every_class_is_refused(write: Path) -> None:
     with pytest.raises(
         ScenarioError, match="1 of 4 requests belong to no class, the first at line 3 with a prompt of 400"
     ):
-        read_scenario("s.toml", "t.csv")
+        load_scenario("s.toml", "t.csv")
 
 
 def test_rate_and_time_scale_exclude_each_other(write: Path) -> None:
     put(write, OWN_TRACE, ('law = "poisson"', 'law = "replay", time_scale = 0.5'), NO_SHARES, *NO_LAWS)
     with pytest.raises(ScenarioError, match="both a rate and a time_scale; drop one"):
-        read_scenario("s.toml")
+        load_scenario("s.toml")
 
 
 def test_bad_rows_may_be_skipped_on_demand(write: Path) -> None:
@@ -238,7 +239,7 @@ def test_bad_rows_may_be_skipped_on_demand(write: Path) -> None:
         NO_RATE,
         NO_SHARES,
     )
-    assert len(read_scenario("s.toml").workload.sample(100.0, 1)) == 4
+    assert len(load_scenario("s.toml").workload.sample(100.0, 1)) == 4
 
 
 BAD_FILES = [
@@ -263,7 +264,7 @@ BAD_FILES = [
 def test_bad_files_are_refused_in_one_sentence(write: Path, changes: list[tuple[str, str]], words: str) -> None:
     put(write, *changes)
     with pytest.raises(ScenarioError) as refused:
-        read_scenario("s.toml")
+        load_scenario("s.toml")
     assert str(refused.value).startswith("s.toml: ")
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -279,9 +280,9 @@ def test_what_is_no_scenario_file_is_refused(write: Path) -> None:
         ("quikstart", "no such file or bundled scenario; did you mean 'quickstart'?"),
     ]:
         with pytest.raises(ScenarioError) as refused:
-            read_scenario(path)
+            load_scenario(path)
         assert words in str(refused.value)
     with pytest.raises(ScenarioError, match=r"gone\.csv: no such trace file"):
-        read_scenario("s.toml", "gone.csv")
+        load_scenario("s.toml", "gone.csv")
     with pytest.raises(ScenarioError, match="is a folder; give a trace file"):
-        read_scenario("s.toml", ".")
+        load_scenario("s.toml", ".")

@@ -147,9 +147,3 @@ def test_errors_of_the_product_pass_through() -> None:
 
     with pytest.raises(ScenarioError, match="not this one"):
         registry.plan(scenario([pool()]), Refusing())  # type: ignore[arg-type]
-
-
-def test_bundled_scenarios_are_files_by_name() -> None:
-    found = registry.bundled_scenarios()
-    assert "quickstart" in found
-    assert all(path.is_file() and path.stem == name for name, path in found.items())

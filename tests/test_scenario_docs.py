@@ -12,7 +12,8 @@ from llmopt.arrivals import Arrivals
 from llmopt.hardware import Piece
 from llmopt.lengths import Law
 from llmopt.model import InputModel
-from llmopt.scenario import Evaluation, Pool, Preemption, Scenario, load_scenario
+from llmopt.reading import load_scenario
+from llmopt.scenario import Evaluation, Pool, Preemption, Scenario
 from llmopt.trace_formats import GENERIC, format_names
 from llmopt.workload import RequestClass, TraceSource, Workload
 

@@ -15,8 +15,8 @@ from llmopt.catalog import catalog_entry, catalog_names
 from llmopt.errors import ScenarioError
 from llmopt.evaluate.simulate import simulate
 from llmopt.plan import Plan, index_router
-from llmopt.reading import bundled_scenarios
-from llmopt.scenario import Pool, load_scenario
+from llmopt.reading import bundled_scenarios, load_scenario
+from llmopt.scenario import Pool
 from llmopt.traces import Trace, read_trace, trace_summary
 
 NAMES = ("azure-code", "azure-conv", "bursty-day", "nie-1to1", "nie-1to2", "nie-2to1", "quickstart")
