@@ -250,7 +250,7 @@ def _sentences(
         said.append(_binding_sentence(worst, worst.capacity.piece))
         said.append(
             f"Routed {router}, the critical rate is {critical:.4g} requests/s in all (now {rate:.4g}), to within "
-            f"{error:.1%}; no policy with this split can carry more than {outer:.4g} ({_gap(critical, outer)})."
+            f"{error:.1%}; no engine with this split can carry more than {outer:.4g} ({_gap(critical, outer)})."
         )
     said += [s for p in pools for s in _needs(p)]
     said += _peaks(pools)

@@ -44,8 +44,8 @@ figure { margin: 2em 0; } figure svg { max-width: 100%; height: auto; }
 $rows
 </tbody></table></div>
 <p class="meta">Means over seeds with the half-width of their $confidence intervals. Margin: the factor by which all
-arrivals could grow, by the step-mean estimate of a split, or (~) by a search in the simulator for a rule that decides
-by state. * depends on how long was simulated, because the backlog grows.</p>
+arrivals could grow, to within 2 %, found by long simulated runs, from which the verdict follows; in brackets by the
+step-mean estimate, where the policy decides a fixed split. * depends on how long was simulated: the backlog grew.</p>
 $notes
 $figures
 <p class="meta">llmopt $version. The same numbers, and more, are in results.json and results.csv beside this file.</p>
@@ -57,7 +57,7 @@ def html_report(comparison: Comparison, pictures: dict[str, bytes]) -> str:
     """The page; `pictures` are SVG files by name, put inline."""
     scenario = comparison.scenario
     seeds = " ".join(str(s) for s in comparison.seeds)
-    names = ["policy", "fluid", "simulated", "margin"]
+    names = ["policy", "fluid", "simulated", "margin (theory)"]
     heads = [f"<th>{name}</th>" for name in names]
     heads += [f"<th>{name}<br><span>{unit}</span></th>" for name, unit, _ in COLUMNS.values()]
     failed = [f"{o.policy}: {o.status}" for o in comparison.outcomes if not o.ok]
@@ -96,7 +96,7 @@ def write_report(comparison: Comparison, folder: str | Path) -> list[Path]:
 
 def _row(comparison: Comparison, outcome: Outcome) -> str:
     estimates = outcome.estimates(comparison.scenario.evaluation.confidence)
-    mark = "" if outcome.verdict == "stable" else "*"
+    mark = "*" if outcome.growing else ""
     cells = [escape(outcome.policy), _verdict(outcome.fluid_verdict), _verdict(outcome.verdict)]
     cells += [margin_text(outcome)]
     for key, (_, _, scale) in COLUMNS.items():

@@ -26,7 +26,7 @@ PALETTE = (
     *("#8B5A2B", "#6A3D9A", "#9A9A00", "#444444", "#F781BF", "#00CED1", "#A50026", "#7FBF3F", "#B0B0B0", "#001F8B"),
 )
 """The first six stay apart for colour-blind readers (Okabe & Ito 2008); the others for comparisons of many policies."""
-VERDICT_COLOURS = {"stable": "#0072B2", "unstable": "#C8361D", "too close to call": "#B07C00", "": "#777777"}
+VERDICT_COLOURS = {"stable": "#0072B2", "unstable": "#C8361D", "close": "#B07C00", "": "#777777"}
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -79,7 +79,7 @@ def load_figure(comparison: Comparison) -> Figure:
 
 
 def latency_figure(comparison: Comparison) -> Figure:
-    """Distributions of TTFT and TPOT over the measured requests of all seeds; dashed where not stable."""
+    """Distributions of TTFT and TPOT over the measured requests of all seeds; dashed where the backlog grew."""
     figure = _figure(9.6, 3.6)
     for axis, key, name in zip(figure.subplots(1, 2, sharey=True), ("ttft", "tpot"), ("TTFT", "TPOT"), strict=True):
         for i, outcome in enumerate(comparison.outcomes):
@@ -92,7 +92,7 @@ def latency_figure(comparison: Comparison) -> Figure:
     figure.axes[0].set_ylabel("fraction of requests")
     lines, names = figure.axes[0].get_legend_handles_labels()
     beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "fontsize": 8.0}
-    figure.axes[1].legend(lines, names, title="dashed: not stable", **beside)
+    figure.axes[1].legend(lines, names, title="dashed: backlog grew", **beside)
     return figure
 
 
@@ -157,7 +157,7 @@ def _backlog_panel(axis: Axes, outcome: Outcome) -> None:
 def _ecdf(axis: Axes, values: Floats, i: int, outcome: Outcome) -> None:
     positive = values > 0
     if positive.any():
-        dashed = "-" if outcome.verdict == "stable" else (0, (4, 2))
+        dashed = (0, (4, 2)) if outcome.growing else "-"
         heavy = 1.9 if outcome.plan is not None and outcome.plan.solve is not None else 1.1
         axis.plot(values[positive], QUANTILES[positive], ls=dashed, color=_colour(i), lw=heavy, label=outcome.policy)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llmopt.traces import Trace
 
 SHOWN_ROWS = 20
-VERDICT_STYLES = {"stable": "green", "unstable": "bold red", "too close to call": "yellow"}
+VERDICT_STYLES = {"stable": "green", "unstable": "bold red", "close": "yellow", "too close to call": "yellow"}
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -66,7 +66,7 @@ def headline(scenario: Scenario) -> str:
 
 
 COMPARISON_COLUMNS = (
-    "margin",
+    "margin (theory)",
     "TTFT p50 / p99 (s)",
     "TPOT p50 / p99 (ms)",
     "SLO met",
@@ -85,7 +85,7 @@ def _comparison_row(comparison: Comparison, outcome: Outcome) -> list[Renderable
     if outcome.simulated is None:
         return [*head, *["–"] * 6, *end]
     mean = {key: value.mean for key, value in outcome.estimates(comparison.scenario.evaluation.confidence).items()}
-    mark = "" if outcome.verdict == "stable" else "*"
+    mark = "*" if outcome.growing else ""
     middle: list[RenderableType] = [
         margin_text(outcome),
         f"{number(mean['ttft_p50'])} / {number(mean['ttft_p99'])}{mark}",
@@ -98,16 +98,18 @@ def _comparison_row(comparison: Comparison, outcome: Outcome) -> list[Renderable
 
 
 def margin_text(outcome: Outcome) -> str:
-    """The margin; a searched one is known to 2 % and marked."""
-    return f"~{number(outcome.margin)}" if outcome.searched else number(outcome.margin)
+    """The simulated margin and, in brackets, the theory's where there is a split to assess."""
+    theory = f" ({number(outcome.theory)})" if outcome.theory == outcome.theory else ""
+    return number(outcome.margin) + theory
 
 
 def _comparison_notes(comparison: Comparison) -> Iterator[RenderableType]:
     yield Text(
-        "margin: factor by which all arrivals could grow; by theory, or ~ by search in the simulator", style="dim"
+        "margin: factor by which all arrivals could grow, ± 2 %, by long simulated runs (by theory, for a fixed split)",
+        style="dim",
     )
-    if any(o.simulated and o.verdict != "stable" for o in comparison.outcomes):
-        yield Text("* the backlog grows, so this number depends on how long was simulated", style="dim")
+    if any(o.growing for o in comparison.outcomes):
+        yield Text("* the backlog grew in these runs, so this number depends on how long they were", style="dim")
     for note in comparison.notes:
         yield Text(f"note: {note}", style="dim")
     for outcome in comparison.outcomes:

@@ -15,7 +15,6 @@ from llmopt.evaluate.fluid import _Tank, arriving, evaluate_fluid
 from llmopt.evaluate.fluid_route import level, spread_of
 from llmopt.evaluate.fluid_state import Cells
 from llmopt.evaluate.margin import backlog_growth
-from llmopt.evaluate.report import waiting
 from llmopt.evaluate.simulate import simulate
 from llmopt.plan import Incoming, Plan, ReplicaState, index_router, split_router
 from llmopt.scenario import Scenario
@@ -322,7 +321,7 @@ def test_backlog_through_a_burst_is_that_of_the_simulator(name: str, rate: float
     run = evaluate_fluid(question, plan)
     at = np.linspace(0.0, 300.0, 61)
     fluid = np.column_stack([np.interp(at, run.times, column) for column in run.backlog.T])
-    played = np.mean([waiting(question, simulate(question, plan, seed), at) for seed in (1, 2, 3)], axis=0)
+    played = np.mean([simulate(question, plan, seed).waiting(at) for seed in (1, 2, 3)], axis=0)
     assert fluid == pytest.approx(played, abs=0.04 * played.max())
     assert played.max() > 500
 

@@ -18,7 +18,6 @@ from llmopt.evaluate.report import (
     paired_difference,
     realised_split,
     summarise,
-    waiting,
 )
 from llmopt.evaluate.run import ReplicaTotals, SimRun
 from llmopt.output import to_json
@@ -141,7 +140,7 @@ def test_pool_use_is_an_average_over_replicas_and_time():
 
 def test_waiting_counts_arrived_and_not_yet_admitted_requests_of_each_pool():
     hand = run([1.0, 1.0, 2.0], [1.0, 4.0, 3.0], [5] * 3, [6] * 3, [2] * 3, replica=[0, 0, 2])
-    counts = waiting(scenario(all={}), hand, np.array([0.0, 1.0, 2.5, 3.0, 4.0]))
+    counts = hand.waiting(np.array([0.0, 1.0, 2.5, 3.0, 4.0]))
     assert counts.tolist() == [[0, 0], [1, 0], [1, 1], [1, 0], [0, 0]]
 
 

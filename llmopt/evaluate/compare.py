@@ -13,8 +13,8 @@ from llmopt.assess import assess
 from llmopt.errors import Infeasible, LLMOptError, PolicyError
 from llmopt.evaluate.comparison import QUANTILES, Comparison, Outcome, Simulated
 from llmopt.evaluate.fluid import evaluate_fluid
-from llmopt.evaluate.margin import backlog_growth, simulated_margin
-from llmopt.evaluate.report import in_window, measure, realised_split, waiting
+from llmopt.evaluate.margin import ASKED, backlog_growth, head, long_run, simulated_margin
+from llmopt.evaluate.report import in_window, measure, realised_split
 from llmopt.evaluate.run import SimRun
 from llmopt.evaluate.simulate import simulate
 from llmopt.lengths import Floats
@@ -62,7 +62,7 @@ def compare(
         raise PolicyError(f"compare needs policies with different names, but was given {names}; rename or drop some")
     chosen = tuple(scenario.evaluation.seeds if seeds is None else seeds)
     arrivals = {seed: scenario.workload.sample(scenario.evaluation.horizon, seed) for seed in chosen}
-    game = _Game(scenario, arrivals, progress, total=len(policies) * (2 + len(chosen)))
+    game = _Game(scenario, arrivals, long_run(scenario, chosen[0]), progress, total=len(policies) * (2 + len(chosen)))
     outcomes = []
     for i, policy in enumerate(policies):
         outcomes.append(game.play(policy))
@@ -77,6 +77,7 @@ class _Game:
 
     scenario: Scenario
     arrivals: dict[int, Requests]
+    long: Requests
     progress: Progress | None
     total: int
     done: int = 0
@@ -117,7 +118,7 @@ class _Game:
         if isinstance(outcome.plan.router, Router) and not self.warm:
             self.tell("compiling the simulator (some seconds, first run only)", 0)
             first = next(iter(self.arrivals.values()))
-            simulate(self.scenario, outcome.plan, 0, requests=_head(first, 2))
+            simulate(self.scenario, outcome.plan, 0, requests=head(first, 2))
             self.warm = True
         runs = []
         for seed, requests in self.arrivals.items():
@@ -127,7 +128,7 @@ class _Game:
         return replace(outcome, simulated=summarise_runs(self.scenario, tuple(self.arrivals), runs))
 
     def judge(self, policy: Policy, outcome: Outcome) -> Outcome:
-        """Loads under the split that the policy decided or that came about; the margin by theory or by search."""
+        """Loads under the split that the policy decided or that came about; the margin by theory and by search."""
         plan, simulated = outcome.plan, outcome.simulated
         assert plan is not None and simulated is not None
         decided = plan.router.fractions if isinstance(plan.router, Router) else None
@@ -137,12 +138,14 @@ class _Game:
         load = np.array([pool.load for pool in theory.pools])
         outcome = replace(outcome, fractions=fractions, load=load, notes=notes)
         margin = theory.critical_rate / theory.rate
-        if decided is not None:
-            return replace(outcome, margin=margin, error=theory.error, outer=theory.outer_rate / theory.rate)
         self.tell(f"{policy.name}: search for the margin", 0)
         with self.timed("margin"):
-            found = simulated_margin(self.scenario, plan, self.arrivals, margin)
-        return replace(outcome, margin=found, searched=True)
+            played = self.long if isinstance(plan.router, Router) else head(self.long, ASKED)
+            bracket = simulated_margin(self.scenario, plan, played, margin)
+        outcome = replace(outcome, bracket=bracket)
+        if decided is None:
+            return outcome
+        return replace(outcome, theory=margin, error=theory.error, outer=theory.outer_rate / theory.rate)
 
     @contextmanager
     def timed(self, key: str) -> Iterator[None]:
@@ -168,7 +171,7 @@ def summarise_runs(scenario: Scenario, seeds: Sequence[int], runs: Sequence[SimR
         reports=tuple(measure(scenario, run, seed) for seed, run in zip(seeds, runs, strict=True)),
         growth=backlog_growth(scenario, runs),
         times=times,
-        waiting=np.mean([waiting(scenario, run, times) for run in runs], axis=0),
+        waiting=np.mean([run.waiting(times) for run in runs], axis=0),
         ttft=_quantiles([run.ttft[m] for run, m in zip(runs, measured, strict=True)]),
         tpot=_quantiles([run.tpot[m] for run, m in zip(runs, measured, strict=True)]),
         fractions=realised_split(scenario, runs),
@@ -180,10 +183,6 @@ def _quantiles(samples: Sequence[Floats]) -> Floats:
     pooled = np.concatenate(samples)
     pooled = pooled[np.isfinite(pooled)]
     return np.asarray(np.quantile(pooled, QUANTILES)) if len(pooled) else np.full(len(QUANTILES), np.nan)
-
-
-def _head(requests: Requests, n: int) -> Requests:
-    return Requests(*(getattr(requests, name)[:n] for name in ("arrival", "prompt", "output", "cls", "u")))
 
 
 def _reason(error: Exception) -> str:

@@ -27,7 +27,7 @@ from llmopt.scenario import Scenario
 if TYPE_CHECKING:
     import pandas as pd
 
-Verdict = Literal["stable", "unstable", ""]
+Verdict = Literal["stable", "unstable", "close", ""]
 QUANTILES = np.linspace(0.0, 1.0, 201)
 """Probabilities at which a comparison keeps the distributions of TTFT and TPOT, all seeds together."""
 
@@ -56,11 +56,10 @@ class Outcome:
 
     status: "ok", or why the policy has no (complete) result; fractions (n_classes, n_pools): the split the policy
     decided or, where it decides by state, the split that came about; load (n_pools,): estimated load of each pool under
-    it; margin: the factor by which all arrivals could grow (below 1: they are too many already), for a decided split by
-    the step-mean estimate with its relative half-width `error`, for a rule that decides by state by a search with the
-    simulator (`searched`); outer: the same by the outer bound, for a decided split; notes: what the estimate does not
-    cover. The seconds are wall-clock: planning, of that building and solving, the fluid model, simulating all seeds,
-    searching the margin.
+    it; bracket: factors on all arrivals, at most 2 % apart, at which the simulated backlog does not grow and grows in a
+    long run; theory: for a decided split the critical factor by the step-mean estimate with its relative half-width
+    `error`, and `outer`, the same by the outer bound; notes: what the estimate does not cover. The seconds are
+    wall-clock: planning, of that building and solving, the fluid model, simulating all seeds, searching the margin.
     """
 
     policy: str
@@ -70,9 +69,9 @@ class Outcome:
     simulated: Simulated | None = None
     fractions: Floats | None = None
     load: Floats | None = None
-    margin: float = float("nan")
+    bracket: tuple[float, float] = (float("nan"), float("nan"))
+    theory: float = float("nan")
     error: float = float("nan")
-    searched: bool = False
     outer: float = float("nan")
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
@@ -83,9 +82,23 @@ class Outcome:
         return self.status == "ok"
 
     @property
+    def margin(self) -> float:
+        """Factor by which all arrivals could grow, by simulation; below 1 they are too many already."""
+        low, high = self.bracket
+        return float(np.sqrt(low * high)) if np.isfinite(high) else low
+
+    @property
     def verdict(self) -> Verdict:
-        """The simulator's verdict."""
-        return "" if self.simulated is None else "stable" if self.simulated.growth.stable else "unstable"
+        """The simulator's verdict in the long run; ``close`` where the margin is 1 within its resolution."""
+        low, high = self.bracket
+        if np.isnan(low):
+            return ""
+        return "stable" if low >= 1 else "unstable" if high <= 1 else "close"
+
+    @property
+    def growing(self) -> bool:
+        """Whether the backlog grew within the measured window, so that latencies depend on its length."""
+        return self.simulated is not None and not self.simulated.growth.stable
 
     @property
     def fluid_verdict(self) -> Verdict:
@@ -125,7 +138,7 @@ class Comparison:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the theory does not cover, each kind of note once, whatever the numbers in it."""
-        every = (note for outcome in self.outcomes for note in outcome.notes if not outcome.searched)
+        every = (note for outcome in self.outcomes for note in outcome.notes if np.isfinite(outcome.theory))
         return tuple({re.sub(r"[\d.]+%?", "#", note): note for note in reversed(list(every))}.values())[::-1]
 
     def difference(self, a: str, b: str, metric: str) -> Estimate:
@@ -197,7 +210,7 @@ class Comparison:
         names = ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99", "slo", "goodput", "cost")
         return (
             {"policy": outcome.policy, "fluid": outcome.fluid_verdict, "simulated": outcome.verdict}
-            | {"margin": outcome.margin}
+            | {"margin": outcome.margin, "theory": outcome.theory}
             | {name: metrics[name].mean if name in metrics else float("nan") for name in names}
             | {"gap": outcome.gap}
             | {f"{key}_s": outcome.seconds.get(key, float("nan")) for key in ("plan", "run")}
@@ -209,9 +222,10 @@ class Comparison:
         row |= {"fluid": outcome.fluid_verdict, "simulated": outcome.verdict}
         row |= {
             "margin": outcome.margin,
+            "theory": outcome.theory,
             "error": outcome.error,
-            "searched": outcome.searched,
             "outer_margin": outcome.outer,
+            "growing": outcome.growing,
             "gap": outcome.gap,
         }
         for name, value in outcome.estimates(self.scenario.evaluation.confidence).items():
@@ -227,8 +241,9 @@ class Comparison:
             "policy": outcome.policy,
             "status": outcome.status,
             "margin": outcome.margin,
+            "bracket": outcome.bracket,
+            "theory": outcome.theory,
             "error": outcome.error,
-            "searched": outcome.searched,
             "outer_margin": outcome.outer,
             "fractions": outcome.fractions,
             "load": outcome.load,
@@ -239,6 +254,7 @@ class Comparison:
             "simulated": simulated
             and {
                 "verdict": outcome.verdict,
+                "growing": outcome.growing,
                 "growth": simulated.growth,
                 "metrics": outcome.estimates(self.scenario.evaluation.confidence),
                 "seeds": simulated.reports,

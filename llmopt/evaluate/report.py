@@ -150,18 +150,6 @@ def meets_slos(scenario: Scenario, run: SimRun) -> NDArray[np.bool_]:
     return np.asarray((run.ttft <= ttft) & (one_token | (np.nan_to_num(run.tpot) <= tpot)))
 
 
-def waiting(scenario: Scenario, run: SimRun, times: Floats) -> Floats:
-    """Requests of each pool that have arrived and were not yet admitted, at `times`; shape (n_times, n_pools)."""
-    pool = run.replicas.pool[run.replica]
-    columns = []
-    for j in range(len(scenario.pools)):
-        mine = pool == j
-        arrived = np.searchsorted(run.requests.arrival[mine], times, side="right")
-        admitted = np.searchsorted(np.sort(run.scheduled[mine]), times, side="right")
-        columns.append(arrived - admitted)
-    return np.asarray(np.column_stack(columns), dtype=float)
-
-
 def realised_split(scenario: Scenario, runs: Sequence[SimRun]) -> Floats:
     """Fraction of each class that each pool received over all `runs`, shape (n_classes, n_pools).
 
