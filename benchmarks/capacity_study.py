@@ -7,7 +7,7 @@ first token; the five preemption modes take turns. Draw i uses seed (20240, i). 
 simulator runs their quantiles in random orders, so that only the order is random, and the mean of the repeats counts
 as the truth.
 
-    python -m benchmarks.capacity_study [--draws 200] [--repeats 4] [--first 0] [--classes 1] [--worst 8]
+    python -m benchmarks.capacity_study [--draws 200] [--repeats 4] [--first 0] [--classes 1] [--chunks 0]
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Draw:
         return abs(self.simulated / self.capacity.rate - 1) <= self.capacity.error + 2 * self.noise
 
 
-def drawn(number: int, classes: int = 1) -> tuple[Pool, list[RequestClass], Floats]:
-    """Pool, classes and their shares (n_classes,) of one draw."""
+def drawn(number: int, classes: int = 1, chunks: float = 0.0) -> tuple[Pool, list[RequestClass], Floats]:
+    """Pool, classes and their shares (n_classes,) of one draw; `chunks` as the command line's."""
     rng = np.random.default_rng([20240, number])
     requests = [_class(rng, f"class-{c}") for c in range(classes)]
     pool = Pool(
@@ -68,6 +68,7 @@ def drawn(number: int, classes: int = 1) -> tuple[Pool, list[RequestClass], Floa
         step_time=_pieces(rng),
         max_batch=int(_log(rng, 16, 2000)),
         token_budget=int(_log(rng, 256, 8192)),
+        prefill_chunk=max(16, int(requests[0].mean_prompt / chunks)) if chunks else None,
         block_size=int(rng.choice([1, 16])),
         preemption=MODES[number % len(MODES)],
         first_token="prefill" if rng.random() < 0.5 else "decode",
@@ -135,11 +136,11 @@ def requests(classes: list[RequestClass], shares: Floats, n: int, rng: np.random
     return prompt, output
 
 
-def study(first: int, draws: int, repeats: int, classes: int) -> tuple[list[Draw], float]:
+def study(first: int, draws: int, repeats: int, classes: int, chunks: float) -> tuple[list[Draw], float]:
     """The draws, and the mean seconds of one estimate."""
     done, spent = [], 0.0
     for number in range(first, first + draws):
-        pool, drawn_classes, shares = drawn(number, classes)
+        pool, drawn_classes, shares = drawn(number, classes, chunks)
         start = perf_counter()
         capacity = replica_capacity(pool, drawn_classes, shares)
         spent += perf_counter() - start
@@ -203,6 +204,8 @@ def _why(d: Draw, fit: float) -> str:
     """The likeliest reason, from what the estimate leaves out."""
     if abs(d.error) < 2.5 * d.noise:
         return "within the noise of the simulation"
+    if d.pool.prefill_chunk and d.pool.preemption in ("recompute", "restart", "swap"):
+        return "prompts of several chunks are admitted against memory that others still have to fill"
     if max(c.mean_prompt for c in d.classes) > d.pool.token_budget and fit < 15:
         return "prompts take several steps of the whole budget and few fit: admission waits for both, correlated"
     if fit < 10:
@@ -219,9 +222,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=4, help="simulated orders of each")
     parser.add_argument("--first", type=int, default=0, help="number of the first draw")
     parser.add_argument("--classes", type=int, default=1, help="request classes of each, with random shares")
+    parser.add_argument(
+        "--chunks", type=float, default=0.0, help="cut a mean prompt into so many chunks; 0: budget only"
+    )
     parser.add_argument("--worst", type=int, default=8, help="how many of the worst to list")
     args = parser.parse_args()
-    show(*study(args.first, args.draws, args.repeats, args.classes), args.worst)
+    show(*study(args.first, args.draws, args.repeats, args.classes, args.chunks), args.worst)
 
 
 if __name__ == "__main__":
