@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import baselines
+from benchmarks.verdicts import verdicts
 from llmopt.capacity import replica_capacity
 from llmopt.errors import PolicyError
 from llmopt.evaluate.fluid import _Tank, arriving, evaluate_fluid
@@ -17,6 +18,8 @@ from llmopt.evaluate.fluid_state import Cells
 from llmopt.evaluate.margin import backlog_growth
 from llmopt.evaluate.simulate import simulate
 from llmopt.plan import Incoming, Plan, ReplicaState, index_router, split_router
+from llmopt.reading import load_scenario
+from llmopt.registry import get_policy
 from llmopt.scenario import Scenario
 from llmopt.stability import equilibrium
 from llmopt.workload import Requests
@@ -344,3 +347,10 @@ def test_simulator_agrees_on_both_sides_of_the_fluid_critical_rate(name: str) ->
         plan = HEURISTICS[name].plan(question)
         played = backlog_growth(question, [simulate(question, plan, seed) for seed in (1, 2, 3)])
         assert played.stable == (factor < 1)
+
+
+@pytest.mark.parametrize("name", ["max-margin", "power-of-two", "jsq"])
+def test_both_evaluators_agree_three_percent_off_the_critical_rate_of_the_quickstart(name: str) -> None:
+    question = load_scenario("quickstart")
+    _, below, above = verdicts(question, get_policy(name).plan(question), 0.03)
+    assert (below, above) == (True, False)
