@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from llmopt.assess import StabilityReport
     from llmopt.evaluate.compare import Progress
     from llmopt.evaluate.comparison import Comparison
-    from llmopt.lengths import Floats
 
 EXACT = "max-margin"
 """The program whose split `stability` assesses and whose critical rate `--load` refers to."""
@@ -64,13 +63,12 @@ def stability(scenario: Scenario | str | Path, policy: str | Policy = EXACT) -> 
 
     known = _loaded(scenario)
     answer = plan(known, policy)
-    fractions: Floats | None = getattr(answer.router, "fractions", None)
-    if fractions is None:
+    if answer.fractions is None:
         raise ScenarioError(
             f"policy {answer.policy!r} routes by the state of the replicas and has no fixed split to assess; "
             "use llmopt compare, or a policy with a split"
         )
-    return assess(known, fractions, router=answer.policy)
+    return assess(known, answer.fractions, router=answer.policy)
 
 
 def at_rate(scenario: Scenario, rate: float) -> Scenario:

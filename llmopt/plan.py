@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmopt.errors import PolicyError
+from llmopt.explain import suggestion
 from llmopt.scenario import Scenario
 from llmopt.solution import Solve
 
@@ -20,6 +21,10 @@ STATE_FEATURES = ("waiting", "running", "kv_tokens", "outstanding_tokens")
 waiting: requests queued or preempted; running: requests in the batch; kv_tokens: KV tokens allocated, in whole
 blocks; outstanding_tokens: prompt tokens still to prefill plus output tokens still to decode over all its requests.
 """
+
+
+Spread = Literal["random", "cyclic"]
+"""How a class spreads over the pools by its fractions, see `Router`."""
 
 
 class Incoming(NamedTuple):
@@ -64,12 +69,12 @@ class Router:
        (n_pools, n_features) with columns `STATE_FEATURES`. Ties go to the replica chosen least
        recently, so that zero weights give round-robin.
 
-    `mask` has shape (n_classes, n_pools).
+    `mask` has shape (n_classes, n_pools); absent, every pool is a candidate.
     """
 
     weights: NDArray[np.float64]
     fractions: NDArray[np.float64] | None = None
-    spread: Literal["random", "cyclic"] = "random"
+    spread: Spread = "random"
     choices: int = 0
     mask: NDArray[np.bool_] | None = None
 
@@ -83,14 +88,26 @@ class Plan:
     solve: Solve | None = None
     figures: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
+    @property
+    def fractions(self) -> NDArray[np.float64] | None:
+        """The fixed split of a data router, shape (n_classes, n_pools); None where the rule decides by state."""
+        return self.router.fractions if isinstance(self.router, Router) else None
+
 
 def index_router(scenario: Scenario, choices: int = 0, **weights: float | Sequence[float]) -> Router:
     """A router that sends every request to the replica with the smallest weighted state.
 
     Each weight is one number, or one number per pool; names as in `STATE_FEATURES`.
+
+    Raises
+    ------
+    PolicyError
+        If a weight has another name.
     """
     table = np.zeros((len(scenario.pools), len(STATE_FEATURES)))
     for feature, weight in weights.items():
+        if feature not in STATE_FEATURES:
+            raise PolicyError(f"a router sees no {feature!r}; {suggestion(feature, STATE_FEATURES)}")
         table[:, STATE_FEATURES.index(feature)] = weight
     return Router(table, choices=choices, mask=np.array(scenario.allowed))
 
@@ -98,7 +115,7 @@ def index_router(scenario: Scenario, choices: int = 0, **weights: float | Sequen
 def split_router(
     scenario: Scenario,
     fractions: NDArray[np.float64],
-    spread: Literal["random", "cyclic"] = "random",
+    spread: Spread = "random",
     **weights: float | Sequence[float],
 ) -> Router:
     """A router that splits each class over the pools by `fractions`, then applies an index inside the pool."""
@@ -125,16 +142,45 @@ def check_plan(plan: Plan, scenario: Scenario) -> None:
 
 def _check_router(name: str, router: Router, scenario: Scenario) -> None:
     pools, classes = len(scenario.pools), len(scenario.workload.classes)
-    if router.weights.shape != (pools, len(STATE_FEATURES)) or not np.isfinite(router.weights).all():
+    _check_numbers(name, "weights", router.weights, (pools, len(STATE_FEATURES)))
+    if router.spread not in get_args(Spread):
+        raise PolicyError(f"policy {name!r}: spread = {router.spread!r} is not known; give one of {get_args(Spread)}")
+    if not isinstance(router.choices, int) or router.choices < 0:
+        raise PolicyError(f"policy {name!r}: choices = {router.choices!r}; give a whole number, 0 for all replicas")
+    if router.fractions is not None:
+        _check_numbers(name, "fractions", router.fractions, (classes, pools))
+        _check_fractions(name, router.fractions, scenario)
+    if router.mask is not None:
+        _check_mask(name, router.mask, scenario)
+
+
+def _check_numbers(name: str, what: str, table: object, shape: tuple[int, int]) -> None:
+    if not isinstance(table, np.ndarray) or table.shape != shape or table.dtype.kind not in "fiu":
+        raise PolicyError(f"policy {name!r}: {what} are {_kind(table)}; give an array of numbers of shape {shape}")
+    if not np.isfinite(table).all():
+        raise PolicyError(f"policy {name!r}: {what} have NaN or infinite entries; give finite numbers")
+
+
+def _check_fractions(name: str, fractions: NDArray[np.float64], scenario: Scenario) -> None:
+    if fractions.min() < 0 or np.abs(fractions.sum(axis=1) - 1).max() > 1e-6:
+        raise PolicyError(f"policy {name!r}: fractions must not be negative and every row must sum to 1; scale them")
+    lost = np.argwhere((fractions > 1e-9) & ~np.array(scenario.allowed))
+    if len(lost):
+        cls, pool = scenario.workload.classes[lost[0, 0]].name, scenario.pools[lost[0, 1]].name
         raise PolicyError(
-            f"policy {name!r}: router weights have shape {router.weights.shape} or are not finite; "
-            f"give ({pools}, {len(STATE_FEATURES)}) finite numbers"
+            f"policy {name!r}: class {cls!r} is sent to pool {pool!r}, whose KV memory its largest request exceeds; "
+            "send it only where scenario.allowed says so"
         )
-    if router.fractions is None:
-        return
-    if router.fractions.shape != (classes, pools) or not np.isfinite(router.fractions).all():
-        raise PolicyError(f"policy {name!r}: fractions need shape ({classes}, {pools}) and finite entries")
-    if router.fractions.min() < 0 or np.abs(router.fractions.sum(axis=1) - 1).max() > 1e-6:
-        raise PolicyError(f"policy {name!r}: fractions must be non-negative and each row must sum to 1")
-    if (router.fractions > 1e-9)[~np.array(scenario.allowed)].any():
-        raise PolicyError(f"policy {name!r}: a class is sent to a pool whose KV memory its largest request exceeds")
+
+
+def _check_mask(name: str, mask: object, scenario: Scenario) -> None:
+    shape = (len(scenario.workload.classes), len(scenario.pools))
+    if not isinstance(mask, np.ndarray) or mask.shape != shape or mask.dtype != bool:
+        raise PolicyError(f"policy {name!r}: the mask is {_kind(mask)}; give a boolean array of shape {shape}")
+    for cls, row in zip(scenario.workload.classes, mask, strict=True):
+        if not row.any():
+            raise PolicyError(f"policy {name!r}: the mask allows class {cls.name!r} no pool; allow at least one")
+
+
+def _kind(table: object) -> str:
+    return f"{table.dtype} of shape {table.shape}" if isinstance(table, np.ndarray) else type(table).__name__

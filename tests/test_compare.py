@@ -193,7 +193,7 @@ def test_a_policy_that_raises_keeps_its_row_with_the_reason(calm: Comparison):
     ("policy", "status"),
     [
         (Fails(Infeasible("class 'unit' cannot be served")), "infeasible: class 'unit' cannot be served"),
-        (Split(math.nan), "policy 'split': fractions need shape (1, 1) and finite entries"),
+        (Split(math.nan), "policy 'split': fractions are float64 of shape (1, 2); give an array"),
         (FailsLate(), "no replica left"),
     ],
 )

@@ -131,8 +131,7 @@ class _Game:
         """Loads under the split that the policy decided or that came about; the margin by theory and by search."""
         plan, simulated = outcome.plan, outcome.simulated
         assert plan is not None and simulated is not None
-        decided = plan.router.fractions if isinstance(plan.router, Router) else None
-        fractions = simulated.fractions if decided is None else decided
+        fractions = simulated.fractions if plan.fractions is None else plan.fractions
         theory = assess(self.scenario, fractions, router=policy.name)
         notes = tuple(caveat for pool in theory.pools for caveat in pool.caveats)
         load = np.array([pool.load for pool in theory.pools])
@@ -143,7 +142,7 @@ class _Game:
             played = self.long if isinstance(plan.router, Router) else head(self.long, ASKED)
             bracket = simulated_margin(self.scenario, plan, played, margin)
         outcome = replace(outcome, bracket=bracket)
-        if decided is None:
+        if plan.fractions is None:
             return outcome
         return replace(outcome, theory=margin, error=theory.error, outer=theory.outer_rate / theory.rate)
 

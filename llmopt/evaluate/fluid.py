@@ -184,8 +184,7 @@ def _split(sent: Floats) -> Floats:
 
 def _first_split(scenario: Scenario, plan: Plan) -> Floats:
     """The plan's fractions, or every pool that can hold the class, shape (n_classes, n_pools)."""
-    fractions: Floats | None = getattr(plan.router, "fractions", None)
-    return np.array(scenario.allowed, dtype=float) if fractions is None else fractions
+    return np.array(scenario.allowed, dtype=float) if plan.fractions is None else plan.fractions
 
 
 def _loads(scenario: Scenario, cells: Cells, rates: Floats) -> Floats:

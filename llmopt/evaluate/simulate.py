@@ -75,13 +75,7 @@ def _core(core: Core, scenario: Scenario, requests: Requests) -> CompiledCore | 
 def _run_router(engine: CompiledCore | PythonCore, scenario: Scenario, policy: str, router: Router) -> None:
     from llmopt.evaluate.kernel_route import build_routing
 
-    routing, cls = build_routing(scenario, router), engine.requests.cls
-    if router.fractions is None:
-        homeless = np.flatnonzero(np.diff(routing.bounds)[cls] == 0)
-        if len(homeless):
-            name = scenario.workload.classes[cls[homeless[0]]].name
-            raise PolicyError(f"policy {policy!r}: the router's mask allows class {name!r} no pool; allow at least one")
-    lost = engine.run(routing)
+    lost = engine.run(build_routing(scenario, router))
     if lost >= 0:
         raise _too_large(engine.requests, policy, lost)
 
