@@ -85,10 +85,14 @@ class Pool(InputModel):
         """1 if the last prefill chunk gives the first token, so that o - 1 decode steps remain; else 0."""
         return int(self.first_token == "prefill")
 
+    @property
+    def largest(self) -> int:
+        """Largest prompt + output in tokens that an empty replica holds to its end."""
+        return self.kv_blocks * self.block_size - self.lookahead_slots + self.first_step
+
     def fits(self, tokens: int) -> bool:
         """Whether a request with prompt + output = `tokens` fits into an empty replica."""
-        held = tokens - self.first_step + self.lookahead_slots
-        return -(-held // self.block_size) <= self.kv_blocks
+        return tokens <= self.largest
 
 
 class Evaluation(InputModel):
@@ -140,7 +144,7 @@ class Scenario(InputModel):
             raise ValueError(f"pool names repeat: {names}; name each pool once")
         for c, cls in enumerate(self.workload.classes):
             if not any(p.fits(cls.largest) for p in self.pools):
-                room = max(p.kv_capacity for p in self.pools)
+                room = max(p.largest for p in self.pools)
                 raise ValueError(
                     f"workload.classes[{c}] ({cls.name!r}) can send a request of {cls.largest} tokens, more than the "
                     f"KV memory of every pool (at most {room}); lower its max lengths or raise kv_capacity"

@@ -97,15 +97,13 @@ def _read(source: TraceSource | None, file: Path, given: str | Path | None) -> T
 
 def _check_memory(trace: Trace, pools: Sequence[Pool]) -> None:
     """Refuses a trace with requests that no pool can hold."""
-    total = trace.prompt + trace.output
-    sizes = np.unique(total)
-    fits = np.array([any(p.fits(int(size)) for p in pools) for size in sizes[::-1]])[::-1]
-    large = np.flatnonzero(total > (sizes[fits].max() if fits.any() else 0))
+    total, room = trace.prompt + trace.output, max(p.largest for p in pools)
+    large = np.flatnonzero(total > room)
     if len(large):
         i = large[np.argmin(trace.line[large])]
         raise ScenarioError(
             f"{trace.path}: {len(large)} of {len(trace)} requests exceed the KV memory of every pool, the first at "
-            f"{trace.unit} {trace.line[i]} with {total[i]} tokens (at most {max(p.kv_capacity for p in pools)} fit); "
+            f"{trace.unit} {trace.line[i]} with {total[i]} tokens (at most {room} fit); "
             f"raise kv_capacity, or leave them out with max_tokens in [workload.trace]"
         )
 

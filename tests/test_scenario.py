@@ -55,7 +55,9 @@ def test_many_steps_at_once_agree_with_one_by_one() -> None:
 )
 def test_a_request_fits_in_whole_blocks(tokens: int, settings: dict[str, Any], fits: bool) -> None:
     """1000 tokens are 62 blocks of 16; with a first token from prefill the last token is never stored."""
-    assert Pool.model_validate(pool(**settings)).fits(tokens) is fits
+    one = Pool.model_validate(pool(**settings))
+    assert one.fits(tokens) is fits
+    assert one.fits(one.largest) and not one.fits(one.largest + 1)
 
 
 def test_chunk_is_the_budget_unless_smaller() -> None:

@@ -250,7 +250,7 @@ def test_saturation_needs_enough_requests() -> None:
     pool = make_pool("reserve", kv_capacity=1000)
     with pytest.raises(ScenarioError, match="give more requests"):
         saturated_throughput(pool, np.full(3, 10), np.full(3, 10))
-    with pytest.raises(ScenarioError, match="1001 tokens exceeds kv_capacity = 1000"):
+    with pytest.raises(ScenarioError, match="1001 tokens exceeds the 1000 that its KV memory"):
         saturated_throughput(pool, np.array([1, 1000]), np.array([1, 1]))
 
 

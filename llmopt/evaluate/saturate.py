@@ -63,7 +63,8 @@ def saturated_throughput(pool: Pool, prompt: Ints, output: Ints, warmup: float =
     tokens = int((prompt + output).max())
     if not pool.fits(tokens):
         raise ScenarioError(
-            f"pool {pool.name!r}: a request of {tokens} tokens exceeds kv_capacity = {pool.kv_capacity}; raise it"
+            f"pool {pool.name!r}: a request of {tokens} tokens exceeds the {pool.largest} that its KV memory holds; "
+            "raise kv_capacity"
         )
     trial = Backlog(pool, prompt, output)
     trial.play()

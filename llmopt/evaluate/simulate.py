@@ -10,14 +10,14 @@ import numpy as np
 from llmopt.errors import PolicyError, ScenarioError
 from llmopt.evaluate.run import SimRun
 from llmopt.plan import Incoming, Plan, ReplicaState, Router, RouterRule, check_plan
-from llmopt.scenario import Pool, Scenario
+from llmopt.scenario import Scenario
 from llmopt.workload import Requests
 
 if TYPE_CHECKING:
     from llmopt.evaluate.kernel import CompiledCore
     from llmopt.evaluate.python_core import PythonCore
 
-Core = Literal["auto", "compiled", "python"]
+Core = Literal["compiled", "python"]
 
 
 def simulate(
@@ -25,7 +25,7 @@ def simulate(
     plan: Plan,
     seed: int = 1,
     *,
-    core: Core = "auto",
+    core: Core = "compiled",
     requests: Requests | None = None,
     horizon: float | None = None,
 ) -> SimRun:
@@ -36,8 +36,8 @@ def simulate(
     seed
         Seed of the sampled requests; the same seed gives the same requests under every plan.
     core
-        ``compiled`` (numba), or ``python``, the same program in the interpreter: no compilation, but a data router runs
-        some 70 times slower, a Python rule 5 times. Both run both; ``auto`` is ``compiled``.
+        ``compiled`` by numba, or ``python``, the same program in the interpreter: no compilation, but much slower
+        (`python -m benchmarks.simulator` says by how much). Either runs data routers and Python rules.
     requests
         Play these instead of sampling the scenario's workload.
     horizon
@@ -52,7 +52,7 @@ def simulate(
     """
     check_plan(plan, scenario)
     if requests is None:
-        requests = scenario.workload.sample(horizon or scenario.evaluation.horizon, seed)
+        requests = scenario.workload.sample(scenario.evaluation.horizon if horizon is None else horizon, seed)
     _check_requests(scenario, requests)
     engine = _core(core, scenario, requests)
     if isinstance(plan.router, Router):
@@ -67,6 +67,8 @@ def _core(core: Core, scenario: Scenario, requests: Requests) -> CompiledCore | 
         from llmopt.evaluate.python_core import PythonCore
 
         return PythonCore(scenario.pools, requests)
+    if core != "compiled":
+        raise ValueError(f"core = {core!r} is not known; give 'compiled' or 'python'")
     from llmopt.evaluate.kernel import CompiledCore
 
     return CompiledCore(scenario.pools, requests)
@@ -84,7 +86,7 @@ def _run_rule(engine: CompiledCore | PythonCore, scenario: Scenario, policy: str
     """Ask the rule at every arrival; the engine is told afterwards."""
     requests = engine.requests
     pools = [j for j, pool in enumerate(scenario.pools) for _ in range(pool.replicas)]
-    room = [largest(pool) for pool in scenario.pools]
+    room = [pool.largest for pool in scenario.pools]
     columns = (requests.arrival, requests.prompt, requests.output, requests.cls, requests.u)
     for i, (time, prompt, output, cls, u) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
         states = [ReplicaState(r, pools[r], *state) for r, state in enumerate(engine.look(time))]
@@ -114,11 +116,6 @@ def _ask(rule: RouterRule, policy: str, request: Incoming, states: list[ReplicaS
     return r
 
 
-def largest(pool: Pool) -> int:
-    """Most prompt + output tokens of a request that an empty replica of the pool can hold to its end."""
-    return pool.kv_blocks * pool.block_size - pool.lookahead_slots + pool.first_step
-
-
 def _too_large(requests: Requests, policy: str, i: int) -> PolicyError:
     tokens = requests.prompt[i] + requests.output[i]
     return PolicyError(
@@ -128,7 +125,7 @@ def _too_large(requests: Requests, policy: str, i: int) -> PolicyError:
 
 
 def _check_requests(scenario: Scenario, requests: Requests) -> None:
-    total, room = requests.prompt + requests.output, max(largest(pool) for pool in scenario.pools)
+    total, room = requests.prompt + requests.output, max(pool.largest for pool in scenario.pools)
     if len(requests) == 0:
         return
     if not np.isfinite(requests.arrival).all() or (np.diff(requests.arrival) < 0).any() or requests.arrival[0] < 0:
