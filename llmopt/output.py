@@ -18,15 +18,17 @@ from llmopt.errors import ScenarioError
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON data: dataclasses and mappings become objects, arrays lists, NaN and infinity null."""
+    """`value` as JSON data: dataclasses and mappings become objects, arrays and sorted sets lists, NaN and inf null."""
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray | np.generic):
         return plain(value.tolist())
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, list | tuple):
         return [plain(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(plain, value), key=repr)
     if isinstance(value, Enum):
         return plain(value.value)
     if isinstance(value, float):

@@ -106,7 +106,8 @@ def _client_of(path: Path) -> int:
 
 def _length_tables(path: Path, client: int) -> dict[int, LengthTable]:
     """Length tables of a client by the second from which they hold; empty if there is no file or no token counts."""
-    names = [f for f in path.parent.glob(f"*chunk-{client}-dataset.json*") if _family(f) in ("", _family(path))]
+    found = sorted(path.parent.glob(f"*chunk-{client}-dataset.json*"))
+    names = [f for f in found if _family(f) in ("", _family(path))]
     if not names:
         return {}
     raw = names[0].read_bytes()

@@ -63,6 +63,7 @@ def test_everything_becomes_plain_json():
     thing = Thing(np.bool_(True), np.array([[1.5, np.nan], [np.inf, 2.0]]), MappingProxyType({1: Colour.RED}))
     assert plain(thing) == {"flag": True, "values": [[1.5, None], [None, 2.0]], "table": {"1": "red"}}
     assert json.loads(to_json({"n": np.int64(3), "t": (Path("a"), None)})) == {"n": 3, "t": ["a", None]}
+    assert plain(frozenset("tropical")) == sorted("tropical")
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path):
