@@ -15,6 +15,7 @@ from llmopt.lengths import Floats
 from llmopt.plan import Plan, split_router
 from llmopt.scenario import Pool, Scenario
 from llmopt.solution import Solve
+from llmopt.stability import CAPS
 
 RESOURCE_UNITS = {"kv": ("kv_1000_tokens", 1000.0), "batch": ("batch_slot", 1.0), "tokens": ("budget_token", 1.0)}
 _STEP = 0.05
@@ -127,12 +128,11 @@ def _estimate_slope(scenario: Scenario, pool: Pool, kind: str, flow: Floats) -> 
 
     The estimate is sampled: a slope below its noise can come out negative, which would say that memory does harm.
     """
-    name = {"kv": "kv_capacity", "batch": "max_batch", "tokens": "token_budget"}[kind]
-    base = getattr(pool, name)
+    base = getattr(pool, CAPS[kind])
     whole = pool.block_size if kind == "kv" else 1
     step = whole * max(round(_STEP * base / whole), 1)
     held = {"prefill_chunk": pool.chunk}
-    now, more = pool.model_copy(update=held), pool.model_copy(update={**held, name: base + step})
+    now, more = pool.model_copy(update=held), pool.model_copy(update={**held, CAPS[kind]: base + step})
     classes = scenario.workload.classes
     saved = estimated_load(now, classes, flow) - estimated_load(more, classes, flow)
     return float(pool.replicas * max(saved, 0.0) / step)

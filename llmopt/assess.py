@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -12,8 +12,9 @@ import numpy as np
 from llmopt.capacity import Capacity, replica_capacity
 from llmopt.errors import ScenarioError
 from llmopt.lengths import Floats
+from llmopt.output import plain
 from llmopt.scenario import Pool, Scenario
-from llmopt.stability import PoolRows, stability_rows
+from llmopt.stability import CAPS, PoolRows, stability_rows
 
 TARGET_LOAD = 0.9
 """Load that a pool is sized for: N = ceil(lambda / (0.9 mu)), Nie, Si & Zhou 2605.04595, section 7.1."""
@@ -22,7 +23,6 @@ MORE = 1.1
 """Factor by which a cap is raised to see whether it binds."""
 FELT = 0.005
 """Gain in capacity from `MORE` of a cap below which the cap is said not to bind."""
-CAPS = {"kv": "kv_capacity", "batch": "max_batch", "tokens": "token_budget"}
 PLAIN_SPLIT = "in proportion to what the pools could serve of each class alone"
 Verdict = Literal["stable", "unstable", "too close to call"]
 
@@ -101,9 +101,8 @@ class StabilityReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON-ready data; what is infinite becomes None."""
-        plain = _plain({**asdict(self), "fractions": self.fractions.tolist()})
-        assert isinstance(plain, dict)
-        return plain
+        data: dict[str, Any] = plain(self)
+        return data
 
 
 def assess(scenario: Scenario, fractions: Floats | None = None, router: str = "") -> StabilityReport:
@@ -308,13 +307,3 @@ def _peaks(pools: tuple[PoolReport, ...]) -> list[str]:
         said + f"{worst.peak_load:.3f}; above 1 a backlog builds up, which drains after the peak as long as the mean "
         f"stays below 1."
     ]
-
-
-def _plain(x: Any) -> Any:
-    if isinstance(x, dict):
-        return {k: _plain(v) for k, v in x.items()}
-    if isinstance(x, list | tuple):
-        return [_plain(v) for v in x]
-    if isinstance(x, float):
-        return x if math.isfinite(x) else None
-    return x

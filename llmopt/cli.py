@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -191,7 +191,7 @@ def trace(
     _say_written(written)
 
 
-KINDS: Any = ("svg", "png")
+KINDS: tuple[Literal["svg"], Literal["png"]] = ("svg", "png")
 
 
 @main.command(name="list")

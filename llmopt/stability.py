@@ -24,8 +24,9 @@ from llmopt.moments import Engine, Moments, moments
 from llmopt.scenario import Pool, Scenario
 from llmopt.workload import RequestClass
 
-RESOURCES = ("kv", "batch", "tokens")
-"""Capped resources of a replica: KV tokens (whole blocks), sequences (max_batch), tokens of a step (token_budget)."""
+CAPS = {"kv": "kv_capacity", "batch": "max_batch", "tokens": "token_budget"}
+"""Capped resources of a replica (KV tokens in whole blocks, sequences, tokens of a step) and the keys of their caps."""
+RESOURCES = tuple(CAPS)
 
 
 @dataclass(frozen=True)

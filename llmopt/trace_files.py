@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 SERVEGEN_ROW = re.compile(r"^\d+,[\d.eE+-]+,[\d.eE+-]*,(Gamma|Weibull)?,[\d.eE+-]*,[\d.eE+-]*$")
 SERVEGEN_COLUMNS = ["t_s", "rate", "cv", "pattern", "param1", "param2"]
-NO_PYARROW = "Parquet needs pyarrow; install it with pip install llmopt[parquet]"
 BAD_LINE = re.compile(r"line (\d+): expected (\d+) fields, saw (\d+)")
 
 
