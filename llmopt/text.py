@@ -33,6 +33,11 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}g}" if abs(value) < 1e-4 else f"{value:,.{min(decimals, 6)}f}"
 
 
+def counted(n: int, noun: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{n} {noun}{'s' * (n != 1)}"
+
+
 def duration(seconds: float) -> str:
     """Wall-clock seconds, to a hundredth."""
     return "<0.01" if seconds < 0.01 else number(seconds, 2)
@@ -161,7 +166,7 @@ def _proof_view(plan: Plan) -> Table:
         f"objective ({solve.sense})": number(solve.objective, 6),
         "proven bound": number(solve.bound, 6),
         "relative gap": number(solve.gap, 2),
-        "size": f"{solve.variables} variables, {solve.constraints} constraints",
+        "size": f"{counted(solve.variables, 'variable')}, {counted(solve.constraints, 'constraint')}",
         "solved": "once" if solve.rounds == 1 else f"{solve.rounds} times, refined in between",
         "seconds": f"{number(solve.build_seconds, 2)} to build, {number(solve.solve_seconds, 2)} to solve",
         "solver": f"{solve.solver} {solve.version}",
@@ -227,7 +232,7 @@ def trace_view(trace: Trace) -> Iterator[RenderableType]:
     from llmopt.traces import trace_summary
 
     s = trace_summary(trace)
-    counts = f"{s.requests} requests, {s.skipped} rows skipped, {s.reordered} out of order"
+    counts = f"{counted(s.requests, 'request')}, {counted(s.skipped, 'row')} skipped, {s.reordered} out of order"
     yield Text(f"{trace.path}: {s.format} layout, {counts}")
     facts = {
         "span (s)": s.span,

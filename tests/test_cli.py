@@ -150,7 +150,7 @@ def test_trace_counts_names_bad_rows_converts_and_draws(tiny: Path, tmp_path: Pa
     columns = ("--column", "arrival=when", "--column", "prompt=in", "--column", "output=out")
     result = llmopt("trace", "log.csv", *columns, "--to", "plain.csv", "--report", "pictures")
     assert result.exit_code == 0
-    assert "3 requests, 1 rows skipped" in result.stdout and "skipped line 4" in result.stdout
+    assert "3 requests, 1 row skipped" in result.stdout and "skipped line 4" in result.stdout
     assert {path.name for path in tmp_path.glob("pictures/*")} == {"trace.svg", "trace.png"}
     again = answered("trace", "plain.csv")
     assert (again["requests"], again["skipped"], again["span"]) == (3, 0, 4.0)
