@@ -10,19 +10,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast, get_args
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from llmopt.lengths import Floats, Ints
-from llmopt.scenario import Pool
+from llmopt.scenario import Pool, Preemption
 from llmopt.workload import Requests
 
 F = TypeVar("F", bound=Callable[..., Any])
 Table = NDArray[np.void]
-MODES = ("reserve", "lookahead", "recompute", "swap", "restart")
+MODES: tuple[str, ...] = get_args(Preemption)
 RESERVE, LOOKAHEAD, RECOMPUTE, SWAP, RESTART = range(5)
 NONE = -1
 NEVER = 2**62
@@ -96,8 +96,9 @@ class World(NamedTuple):
     scratch: Ints
 
 
-# Kernels allocate nothing and borrow all arrays, so they do without reference counts: these are atomic, and took nine
-# tenths of the time.
+# _nrt: kernels allocate nothing and borrow all arrays, so they do without reference counts, which are atomic and took
+# nine tenths of the time. nogil: they touch no Python object, so simulations in several threads run side by side.
+# error_model: divisors are positive, and a check for zero at each division would raise a Python error.
 _OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy", "_nrt": False}
 
 
