@@ -10,11 +10,11 @@ class LLMOptError(Exception):
 
 
 class ScenarioError(LLMOptError):
-    """Bad input: a scenario, trace, profile or policy reference that cannot be used as given."""
+    """Bad input: a scenario, a trace or an option that cannot be used as given."""
 
 
 class PolicyError(LLMOptError):
-    """A policy raised, or returned a plan that does not fit its scenario."""
+    """A policy that cannot be found, raises, or returns a plan that does not fit its scenario."""
 
 
 class SolveError(LLMOptError):
