@@ -62,6 +62,12 @@ class Bridge(Protocol):
         ...
 
 
+def program_name(model: Any) -> str:
+    """Name for messages: a CVXPY problem may be given one; Pyomo calls a model without one `unknown`."""
+    name = str(getattr(model, "name", None) or "the program")
+    return "the program" if name == "unknown" else name
+
+
 def with_sentence(name: str, sentence: str | None) -> str:
     """A requirement as a user reads it: its name, and its sentence in brackets if the model gives one."""
     return f"{name} ({sentence.strip().rstrip('.')})" if sentence else name

@@ -38,7 +38,7 @@ class CvxpyBridge:
             col_upper=upper,
             integer=np.array([*data["bool_vars_idx"], *data["int_vars_idx"]], dtype=np.int64),
             hessian=_upper_triangle(data["P"]) if quadratic else None,
-            negated=_maximises(self.problem),
+            negated=maximises(self.problem),
         )
 
     @cached_property
@@ -96,7 +96,8 @@ def _column_bounds(data: Mapping[str, Any], columns: int) -> tuple[Floats, Float
     return low, high
 
 
-def _maximises(problem: Any) -> bool:
+def maximises(problem: Any) -> bool:
+    """Whether a CVXPY problem maximises; its compiled arrays then minimise the negative."""
     return str(problem.objective.NAME) == "maximize"
 
 
@@ -152,7 +153,7 @@ def model_duals(problem: Any) -> dict[str, Any]:
     CVXPY reports magnitudes for inequalities and negated values for equalities of the minimised problem. The
     right-hand side is the constant side if one side is constant, else the larger side of `lower <= upper`.
     """
-    sense = -1.0 if _maximises(problem) else 1.0
+    sense = -1.0 if maximises(problem) else 1.0
     duals: dict[str, Any] = {}
     for constraint, name in named_constraints(problem):
         value = constraint.dual_value

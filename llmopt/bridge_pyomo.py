@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from llmopt.bridge import Program, with_sentence
+from llmopt.bridge import Program, program_name, with_sentence
 from llmopt.errors import Infeasible, SolveError
 from llmopt.lengths import Floats, Ints
 
@@ -49,6 +49,7 @@ def _standard_form(model: Any) -> Any:
     from pyomo.common.errors import InfeasibleConstraintException
     from pyomo.repn.plugins.standard_form import LinearStandardFormCompiler
 
+    program = program_name(model)
     try:
         form = LinearStandardFormCompiler().write(model, mixed_form=True, set_sense=None)
     except InfeasibleConstraintException as error:
@@ -56,13 +57,13 @@ def _standard_form(model: Any) -> Any:
         component = model.find_component(name)
         sentence = component.parent_component().doc if component is not None else None
         raise Infeasible(
-            f"{model.name}: {with_sentence(name, sentence)} cannot hold whatever is decided; relax it"
+            f"{program}: {with_sentence(name, sentence)} cannot hold whatever is decided; relax it"
         ) from error
     except (ValueError, TypeError) as error:
         text = " ".join(str(error).split())
-        raise SolveError(f"{model.name}: {text}; use linear expressions, or write the program in CVXPY") from error
+        raise SolveError(f"{program}: {text}; use linear expressions, or write the program in CVXPY") from error
     if len(form.objectives) > 1:
-        raise SolveError(f"{model.name} has {len(form.objectives)} active objectives; deactivate all but one")
+        raise SolveError(f"{program} has {len(form.objectives)} active objectives; deactivate all but one")
     return form
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from llmopt.bridge_cvxpy import model_duals, row_names
+from llmopt.bridge import program_name
+from llmopt.bridge_cvxpy import maximises, model_duals, row_names
 from llmopt.errors import Infeasible, SolveError
 from llmopt.solution import Solve, SolveOptions, Termination
 
@@ -34,7 +35,7 @@ def solve_cone(problem: Any, compiled: tuple[Any, Any, Any], options: SolveOptio
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         problem.unpack_results(answer, chain, inverse)
-    sense = -1.0 if str(problem.objective.NAME) == "maximize" else 1.0
+    sense = -1.0 if maximises(problem) else 1.0
     offset = float(inverse[-1]["offset"])
     return Solve(
         termination=Termination.OPTIMAL if status == "Solved" else Termination.ITERATION_LIMIT,
@@ -52,7 +53,7 @@ def solve_cone(problem: Any, compiled: tuple[Any, Any, Any], options: SolveOptio
 
 
 def _refuse(problem: Any, status: str, answer: Any, inverse: Any, options: SolveOptions) -> None:
-    name = getattr(problem, "name", None) or "the program"
+    name = program_name(problem)
     if status.endswith("PrimalInfeasible"):
         weight = np.abs(np.asarray(answer.z))
         heavy = np.flatnonzero(weight > 1e-6 * weight.max(initial=0.0))

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from llmopt.bridge import Bridge, Program
+from llmopt.bridge import Bridge, Program, program_name
 from llmopt.bridge_cvxpy import CvxpyBridge
 from llmopt.bridge_pyomo import PyomoBridge
 from llmopt.errors import Infeasible, SolveError
@@ -70,7 +70,7 @@ def solve(model: Any, options: SolveOptions = DEFAULT_OPTIONS) -> Solve:
         bridge = PyomoBridge(model)
     else:
         raise SolveError(f"cannot solve a {type(model).__name__}; build a Pyomo ConcreteModel or a cvxpy.Problem")
-    return _solve_by_highs(bridge, _name(model), options, perf_counter() - start)
+    return _solve_by_highs(bridge, program_name(model), options, perf_counter() - start)
 
 
 def _is_cvxpy(model: Any) -> bool:
@@ -83,12 +83,6 @@ def _is_pyomo(model: Any) -> bool:
     return block is not None and isinstance(model, block.BlockData)
 
 
-def _name(model: Any) -> str:
-    """Name for messages: a CVXPY problem may be given one; Pyomo calls a model without one `unknown`."""
-    name = str(getattr(model, "name", None) or "the program")
-    return "the program" if name == "unknown" else name
-
-
 def _compile(problem: Any) -> tuple[bool, tuple[Any, Any, Any]]:
     """Compile for HiGHS if it can take the problem, else for Clarabel; parameters are read as constants.
 
@@ -96,6 +90,7 @@ def _compile(problem: Any) -> tuple[bool, tuple[Any, Any, Any]]:
     """
     import cvxpy as cp
 
+    name = program_name(problem)
     try:
         for cone, solver in ((False, cp.HIGHS), (True, cp.CLARABEL)):
             try:
@@ -103,8 +98,8 @@ def _compile(problem: Any) -> tuple[bool, tuple[Any, Any, Any]]:
             except cp.SolverError:
                 continue
     except cp.DCPError as error:
-        raise SolveError(f"{_name(problem)} is not convex by CVXPY's rules: {' '.join(str(error).split())}") from error
-    raise SolveError(f"{_name(problem)} is mixed-integer with cones, which no solver here takes; outer-linearise it")
+        raise SolveError(f"{name} is not convex by CVXPY's rules: {' '.join(str(error).split())}") from error
+    raise SolveError(f"{name} is mixed-integer with cones, which no solver here takes; outer-linearise it")
 
 
 @dataclass(frozen=True)

@@ -479,3 +479,14 @@ def test_a_round_that_cannot_be_solved_keeps_the_last_solution():
 
     plan = Optimized(Ladder(last=open_up)).plan(None)
     assert plan.solve.rounds == 3 and plan.figures["x"] == plan.solve.objective == pytest.approx(8)
+
+
+def test_a_program_without_a_name_is_called_the_program_whoever_refuses_it():
+    import pyomo.environ as pyo
+
+    m = pyo.ConcreteModel()
+    m.x = pyo.Var(bounds=(0, 1))
+    m.goal = pyo.Objective(expr=m.x)
+    m.bad = pyo.Constraint(expr=m.x**3 <= 1)
+    with pytest.raises(SolveError, match=r"^the program: "):
+        solve(m)
