@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmopt.api import compare
+    from llmopt.api import compare, plan
     from llmopt.assess import assess
     from llmopt.errors import Infeasible, LLMOptError, PolicyError, ScenarioError, SolveError
     from llmopt.evaluate.fluid import evaluate_fluid
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmopt.plan import Plan, Router, index_router, split_router
     from llmopt.policy import Optimized
     from llmopt.reading import load_scenario
-    from llmopt.registry import get_policy, plan, policy_names
+    from llmopt.registry import get_policy, policy_names
     from llmopt.scenario import Scenario
     from llmopt.solution import SolveOptions
     from llmopt.solve import solve
@@ -47,7 +47,7 @@ _HOME = {
     "get_policy": "llmopt.registry",
     "index_router": "llmopt.plan",
     "load_scenario": "llmopt.reading",
-    "plan": "llmopt.registry",
+    "plan": "llmopt.api",
     "policy_names": "llmopt.registry",
     "read_trace": "llmopt.traces",
     "simulate": "llmopt.evaluate.simulate",

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmopt.errors import ScenarioError
+from llmopt.errors import LLMOptError, PolicyError, ScenarioError
+from llmopt.plan import Plan, check_plan
 from llmopt.policy import Policy
 from llmopt.reading import load_scenario
-from llmopt.registry import get_policy, plan, policy_names
+from llmopt.registry import get_policy, policy_names, short_error
 from llmopt.scenario import Scenario
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from llmopt.evaluate.comparison import Comparison
 
 EXACT = "max-margin"
-"""The program whose split `stability` assesses and whose critical rate `--load` refers to."""
+"""The program that `plan` runs, whose split `stability` assesses and whose critical rate `--load` refers to."""
 
 
 def compare(
@@ -47,8 +48,29 @@ def compare(
     """
     from llmopt.evaluate.compare import compare as play
 
-    chosen = [get_policy(p) if isinstance(p, str) else p for p in (policies or policy_names())]
+    chosen = [_named(p) for p in (policies or policy_names())]
     return play(_loaded(scenario), chosen, _seeds(seeds), progress)
+
+
+def plan(scenario: Scenario | str | Path, policy: str | Policy = EXACT) -> Plan:
+    """The plan of one policy, checked against the scenario; both may be named as in `compare`.
+
+    Raises
+    ------
+    Infeasible, SolveError
+        If the program of an optimized policy has no answer.
+    PolicyError
+        If the policy raises anything else, or if its plan does not fit the scenario.
+    """
+    known, chosen = _loaded(scenario), _named(policy)
+    try:
+        answer = chosen.plan(known)
+    except LLMOptError:
+        raise
+    except Exception as error:
+        raise PolicyError(f"policy {chosen.name!r} raised {short_error(error)}; fix its plan(scenario)") from error
+    check_plan(answer, known)
+    return answer
 
 
 def stability(scenario: Scenario | str | Path, policy: str | Policy = EXACT) -> StabilityReport:
@@ -88,6 +110,10 @@ def at_load(scenario: Scenario, load: float) -> Scenario:
 
 def _loaded(scenario: Scenario | str | Path) -> Scenario:
     return scenario if isinstance(scenario, Scenario) else load_scenario(scenario)
+
+
+def _named(policy: str | Policy) -> Policy:
+    return get_policy(policy) if isinstance(policy, str) else policy
 
 
 def _seeds(seeds: int | Sequence[int] | None) -> Sequence[int] | None:

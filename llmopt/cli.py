@@ -115,8 +115,8 @@ def plan(
     scenario: str, policy: str, trace: str | None, rate: float | None, load: float | None, json_file: str | None
 ) -> None:
     """Make one plan and print it with its proof and its prices."""
+    from llmopt.api import plan as make
     from llmopt.describe import plan_data
-    from llmopt.registry import plan as make
 
     given = prepared(scenario, trace, rate, load)
     answer = make(given, policy)

@@ -1,4 +1,4 @@
-"""Where policies and bundled scenarios are found by name, and the verb `plan` that runs one policy."""
+"""Where policies are found by name, bundled or a user's own."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from llmopt.errors import LLMOptError, PolicyError
-from llmopt.plan import Plan, check_plan
+from llmopt.errors import PolicyError
 from llmopt.policy import Policy
-from llmopt.scenario import Scenario
 
 PACKAGES = ("formulations", "baselines")
 
@@ -57,27 +55,6 @@ def get_policy(name: str) -> Policy:
     raise PolicyError(f"no policy is named {name!r}; {hint}, or reach your own by module:attribute")
 
 
-def plan(scenario: Scenario, policy: str | Policy = "max-margin") -> Plan:
-    """The plan of one policy, given or named, checked against the scenario.
-
-    Raises
-    ------
-    Infeasible, SolveError
-        If the program of an optimized policy has no answer.
-    PolicyError
-        If the policy raises anything else, or if its plan does not fit the scenario.
-    """
-    chosen = get_policy(policy) if isinstance(policy, str) else policy
-    try:
-        answer = chosen.plan(scenario)
-    except LLMOptError:
-        raise
-    except Exception as error:
-        raise PolicyError(f"policy {chosen.name!r} raised {_short(error)}; fix its plan(scenario)") from error
-    check_plan(answer, scenario)
-    return answer
-
-
 def _own(name: str) -> Policy:
     """The policy behind ``module:attribute``."""
     where, _, attribute = name.rpartition(":")
@@ -99,7 +76,7 @@ def _made(factory: Any, name: str) -> Any:
     try:
         return factory()
     except Exception as error:
-        raise PolicyError(f"{name!r} cannot be made without arguments: {_short(error)}; give defaults") from error
+        raise PolicyError(f"{name!r} cannot be made without arguments: {short_error(error)}; give defaults") from error
 
 
 def _load(where: str) -> ModuleType:
@@ -111,9 +88,9 @@ def _load(where: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is not None and f"{where}.".startswith(f"{error.name}."):
             raise PolicyError(f"no module {where!r} in this folder or on the Python path; check its name") from error
-        raise PolicyError(f"policy module {where!r} cannot be imported: {_short(error)}; install it") from error
+        raise PolicyError(f"policy module {where!r} cannot be imported: {short_error(error)}; install it") from error
     except Exception as error:
-        raise PolicyError(f"policy module {where!r} raised {_short(error)}; fix it and try again") from error
+        raise PolicyError(f"policy module {where!r} raised {short_error(error)}; fix it and try again") from error
 
 
 def _from_path(where: str) -> ModuleType:
@@ -135,7 +112,7 @@ def _from_file(path: Path) -> ModuleType:
     return module
 
 
-def _short(error: BaseException) -> str:
+def short_error(error: BaseException) -> str:
     """Kind and first line of an error."""
     first = str(error).strip().split("\n")[0]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

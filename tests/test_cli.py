@@ -289,7 +289,7 @@ def test_an_interrupt_is_quiet(tiny: Path, monkeypatch: pytest.MonkeyPatch):
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llmopt.registry.plan", interrupt)
+    monkeypatch.setattr("llmopt.api.plan", interrupt)
     result = llmopt("plan", tiny)
     assert (result.exit_code, result.stderr.strip()) == (130, "interrupted")
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from factories import pool, request_class, scenario, unlike_pools
 
-from llmopt import registry
+from llmopt import api, registry
 from llmopt.evaluate.fluid import evaluate_fluid
 from llmopt.evaluate.simulate import simulate
 from llmopt.plan import Router, check_plan
@@ -99,4 +99,4 @@ def test_runs_in_the_simulator_and_respects_memory(policy: Policy, question: Sce
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("max-margin", "min-delay", "few-pools", "min-cost")])
 def test_baselines_have_a_plan_even_in_overload(name: str) -> None:
-    registry.plan(unlike_pools(1000.0), name)
+    api.plan(unlike_pools(1000.0), name)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from factories import pool, scenario
 
-from llmopt import registry
+from llmopt import api, registry
 from llmopt.errors import PolicyError, ScenarioError
 from llmopt.evaluate.fluid import evaluate_fluid
 from llmopt.evaluate.simulate import simulate
@@ -106,7 +106,7 @@ def test_own_policy_by_absolute_file(folder: Path, monkeypatch: pytest.MonkeyPat
 def test_own_policy_runs_in_both_evaluators(folder: Path) -> None:
     assert len(OWN.split("def make")[0].strip().splitlines()) < 40
     question = scenario([pool("dear", price=4.0), pool("cheap", price=1.0)])
-    plan = registry.plan(question, "my_policies:Cheapest")
+    plan = api.plan(question, "my_policies:Cheapest")
     fluid = evaluate_fluid(question, plan)
     assert fluid.stable
     assert fluid.fractions[0, 1] == pytest.approx(0.8, abs=0.01)
@@ -135,7 +135,7 @@ def test_what_is_wrong_with_a_reference_is_said_in_a_sentence(folder: Path, refe
 def test_a_policy_that_raises_is_named(folder: Path) -> None:
     question = scenario([pool()])
     with pytest.raises(PolicyError, match=r"policy 'broken' raised KeyError: 'missing'; fix its plan"):
-        registry.plan(question, "my_policies:Broken")
+        api.plan(question, "my_policies:Broken")
 
 
 def test_errors_of_the_product_pass_through() -> None:
@@ -146,4 +146,10 @@ def test_errors_of_the_product_pass_through() -> None:
             raise ScenarioError("not this one")
 
     with pytest.raises(ScenarioError, match="not this one"):
-        registry.plan(scenario([pool()]), Refusing())  # type: ignore[arg-type]
+        api.plan(scenario([pool()]), Refusing())  # type: ignore[arg-type]
+
+
+def test_scenarios_may_be_named_too() -> None:
+    assert api.plan("quickstart", "jsq").policy == "jsq"
+    with pytest.raises(ScenarioError, match="did you mean 'quickstart'"):
+        api.plan("quickstarts", "jsq")
