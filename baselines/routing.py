@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmopt.lengths import Floats
+from llmopt.arrays import Floats
 from llmopt.plan import Plan, index_router, split_router
 from llmopt.policy import Policy
 from llmopt.scenario import Scenario

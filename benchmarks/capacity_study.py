@@ -18,10 +18,11 @@ from time import perf_counter
 
 import numpy as np
 
+from llmopt.arrays import Floats, Ints
 from llmopt.capacity import Capacity, replica_capacity
 from llmopt.evaluate.saturate import saturated_throughput
 from llmopt.hardware import Piece
-from llmopt.lengths import Floats, Gamma, Ints, Law, Lognormal
+from llmopt.lengths import Gamma, Law, Lognormal
 from llmopt.scenario import Pool, Preemption
 from llmopt.workload import RequestClass
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from formulations.data import RoutingData, Row
 from formulations.search import Routing
+from llmopt.arrays import Floats
 from llmopt.errors import Infeasible
-from llmopt.lengths import Floats
 
 SERVED = "every request of the class is served"
 STABLE = "the pool can be stable"

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from llmopt.arrays import Bools, Floats, Ints
 from llmopt.errors import Infeasible
-from llmopt.lengths import Floats, Ints
 from llmopt.scenario import Scenario
 from llmopt.stability import PoolRows, stability_rows
 
@@ -44,7 +44,7 @@ class RoutingData:
     replicas: Floats
     price: Floats
     tpot: Floats
-    allowed: Any
+    allowed: Bools
     limits: tuple[PoolRows, ...]
 
     @classmethod
@@ -111,7 +111,7 @@ class RoutingData:
         return csr_array((np.concatenate(data or [np.zeros(0)]), flat, starts), shape=(len(rows), len(self.pairs)))
 
 
-def _served_somewhere(scenario: Scenario, allowed: Any) -> Any:
+def _served_somewhere(scenario: Scenario, allowed: Bools) -> Bools:
     for c, cls in enumerate(scenario.workload.classes):
         if not allowed[c].any():
             raise Infeasible(

@@ -10,8 +10,8 @@ import numpy as np
 
 from formulations.data import RoutingData, Row
 from formulations.search import Routing, needs
+from llmopt.arrays import Floats
 from llmopt.capacity import estimated_load, replica_capacity
-from llmopt.lengths import Floats
 from llmopt.plan import Plan, split_router
 from llmopt.scenario import Pool, Scenario
 from llmopt.solution import Solve

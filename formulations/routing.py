@@ -16,8 +16,8 @@ from formulations import blocks
 from formulations.data import RoutingData
 from formulations.prices import binding_rows, pool_duals, resource_prices, split_plan
 from formulations.search import Routing, advance, consider, needs
+from llmopt.arrays import Floats
 from llmopt.errors import Infeasible
-from llmopt.lengths import Floats
 from llmopt.plan import Plan
 from llmopt.scenario import Scenario
 from llmopt.solution import Solve

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from formulations.data import RoutingData, Row
+from llmopt.arrays import Floats
 from llmopt.capacity import estimated_load, load_gradient
-from llmopt.lengths import Floats
 from llmopt.scenario import Scenario
 from llmopt.solution import Solve
 

@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from llmopt.lengths import Floats, Positive
+from llmopt.arrays import Floats
+from llmopt.lengths import Positive
 from llmopt.model import InputModel
 
 Variation = Annotated[float, Field(gt=0, le=100)]

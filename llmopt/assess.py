@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from llmopt.arrays import Floats
 from llmopt.capacity import Capacity, replica_capacity
 from llmopt.errors import ScenarioError
-from llmopt.lengths import Floats
 from llmopt.output import plain
 from llmopt.scenario import Pool, Scenario
 from llmopt.stability import CAPS, PoolRows, stability_rows

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from llmopt.lengths import Floats, Ints
+from llmopt.arrays import Floats, Ints
 
 
 @dataclass(frozen=True)

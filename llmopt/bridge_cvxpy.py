@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from llmopt.arrays import Floats
 from llmopt.bridge import Program, with_sentence
-from llmopt.lengths import Floats
 
 
 class CvxpyBridge:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from llmopt.arrays import Floats, Ints
 from llmopt.bridge import Program, program_name, with_sentence
 from llmopt.errors import Infeasible, SolveError
-from llmopt.lengths import Floats, Ints
 
 
 class PyomoBridge:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmopt.lengths import Floats
+from llmopt.arrays import Floats
 from llmopt.mix import Mix, blend
 from llmopt.moments import Engine, moments
 from llmopt.saturation import Saturation, saturate

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
+from llmopt.arrays import Floats
 from llmopt.model import InputModel
 
 FEATURES = ("base", "prefill", "decode", "kv", "pairs")
@@ -39,14 +39,14 @@ class StepTime:
     `coefficients` has shape (n_pieces, 5) with columns as in `FEATURES`; `names` labels the pieces.
     """
 
-    coefficients: NDArray[np.float64]
+    coefficients: Floats
     names: tuple[str, ...] = field(default=())
 
     def __call__(self, prefill: float = 0, decode: float = 0, kv: float = 0, pairs: float = 0) -> float:
         """Duration of one step in seconds."""
         return float((self.coefficients @ np.array([1.0, prefill, decode, kv, pairs])).max())
 
-    def many(self, features: NDArray[np.float64]) -> NDArray[np.float64]:
+    def many(self, features: Floats) -> Floats:
         """Durations (n,) of steps with `features` of shape (n, 4): prefill, decode, kv, pairs."""
         return np.asarray((self.coefficients[:, 0] + features @ self.coefficients[:, 1:].T).max(axis=1))
 

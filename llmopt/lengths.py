@@ -10,15 +10,13 @@ from functools import cached_property
 from typing import Annotated, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from llmopt.arrays import Floats, Ints
 from llmopt.model import InputModel
 
 Tokens = Annotated[int, Field(ge=1, le=10_000_000)]
 Positive = Annotated[float, Field(gt=0)]
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 Pmf = tuple[Ints, Floats]
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from llmopt.lengths import Floats, Ints
+from llmopt.arrays import Floats, Ints
 from llmopt.moments import Engine, moments
 from llmopt.scenario import Pool
 from llmopt.workload import Pairs, RequestClass

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmopt.lengths import Floats, Ints, Law
+from llmopt.arrays import Floats, Ints
+from llmopt.lengths import Law
 from llmopt.scenario import Pool
 from llmopt.workload import RequestClass
 

@@ -8,8 +8,8 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
+from llmopt.arrays import Bools, Floats
 from llmopt.errors import PolicyError
 from llmopt.explain import suggestion
 from llmopt.scenario import Scenario
@@ -72,11 +72,11 @@ class Router:
     `mask` has shape (n_classes, n_pools); absent, every pool is a candidate.
     """
 
-    weights: NDArray[np.float64]
-    fractions: NDArray[np.float64] | None = None
+    weights: Floats
+    fractions: Floats | None = None
     spread: Spread = "random"
     choices: int = 0
-    mask: NDArray[np.bool_] | None = None
+    mask: Bools | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Plan:
     figures: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
-    def fractions(self) -> NDArray[np.float64] | None:
+    def fractions(self) -> Floats | None:
         """The fixed split of a data router, shape (n_classes, n_pools); None where the rule decides by state."""
         return self.router.fractions if isinstance(self.router, Router) else None
 
@@ -114,7 +114,7 @@ def index_router(scenario: Scenario, choices: int = 0, **weights: float | Sequen
 
 def split_router(
     scenario: Scenario,
-    fractions: NDArray[np.float64],
+    fractions: Floats,
     spread: Spread = "random",
     **weights: float | Sequence[float],
 ) -> Router:
@@ -161,7 +161,7 @@ def _check_numbers(name: str, what: str, table: object, shape: tuple[int, int]) 
         raise PolicyError(f"policy {name!r}: {what} have NaN or infinite entries; give finite numbers")
 
 
-def _check_fractions(name: str, fractions: NDArray[np.float64], scenario: Scenario) -> None:
+def _check_fractions(name: str, fractions: Floats, scenario: Scenario) -> None:
     if fractions.min() < 0 or np.abs(fractions.sum(axis=1) - 1).max() > 1e-6:
         raise PolicyError(f"policy {name!r}: fractions must not be negative and every row must sum to 1; scale them")
     lost = np.argwhere((fractions > 1e-9) & ~np.array(scenario.allowed))

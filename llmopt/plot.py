@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from llmopt.arrays import Floats
 from llmopt.evaluate.comparison import QUANTILES, Comparison, Outcome
-from llmopt.lengths import Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmopt.lengths import Floats
+from llmopt.arrays import Floats
 from llmopt.mix import Mix
 from llmopt.stability import RESOURCES
 from llmopt.walk import Turn, Walk, walk

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from llmopt.arrays import Floats
 from llmopt.bridge import Bridge, Program, program_name
 from llmopt.bridge_cvxpy import CvxpyBridge
 from llmopt.bridge_pyomo import PyomoBridge
 from llmopt.errors import Infeasible, SolveError
-from llmopt.lengths import Floats
 from llmopt.solution import DEFAULT_OPTIONS, Solve, SolveOptions, Termination
 
 _ENDINGS = {

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmopt.lengths import Floats
+from llmopt.arrays import Floats
 from llmopt.moments import Engine, Moments, moments
 from llmopt.scenario import Pool, Scenario
 from llmopt.workload import RequestClass

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmopt.lengths import Floats, Ints
+from llmopt.arrays import Floats, Ints
 
 
 class Skipped(NamedTuple):

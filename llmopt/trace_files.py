@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmopt.arrays import Ints
 from llmopt.errors import ScenarioError
-from llmopt.lengths import Ints
 from llmopt.trace_data import Skipped
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llmopt.arrays import Floats, Ints
 from llmopt.errors import ScenarioError
-from llmopt.lengths import Floats, Ints
 from llmopt.trace_data import Skipped, Trace
 from llmopt.trace_files import Table
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from llmopt.lengths import Floats, Ints
+from llmopt.arrays import Floats, Ints
 from llmopt.trace_data import Prefixes, Trace
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)

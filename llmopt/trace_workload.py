@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from llmopt.arrays import Bools, Ints
 from llmopt.arrivals import Replay
 from llmopt.errors import ScenarioError
-from llmopt.lengths import Ints
 from llmopt.scenario import Pool, Scenario
 from llmopt.trace_data import Trace
 from llmopt.traces import read_trace
 from llmopt.workload import Pairs, RequestClass, Requests, TraceSource, extent
-
-Bools = NDArray[np.bool_]
 
 
 def with_trace(data: dict[str, Any], file: Path, label: str, given: str | Path | None) -> Scenario:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmopt.arrays import Bools, Floats
 from llmopt.errors import ScenarioError
-from llmopt.lengths import Floats
 from llmopt.trace_data import Prefixes, Skipped, Trace
 from llmopt.trace_files import Table, read_table
 from llmopt.trace_formats import Layout, find_layout, format_names
@@ -107,11 +107,11 @@ def _epoch_seconds(time: Floats) -> Floats:
     return time / (1e9 if largest > 1e17 else 1e6 if largest > 1e14 else 1e3 if largest > 1e11 else 1.0)
 
 
-def _is_length(tokens: Floats) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def _is_length(tokens: Floats) -> Bools:
     return np.asarray((tokens >= 1) & (tokens <= LONGEST) & (tokens == np.floor(tokens)))
 
 
-def _reasons(table: Table, layout: Layout, time: Floats, good: np.ndarray[Any, Any]) -> list[Skipped]:
+def _reasons(table: Table, layout: Layout, time: Floats, good: Bools) -> list[Skipped]:
     """Why each bad row is none; the first reason counts."""
     out = []
     for i in np.flatnonzero(~good):

@@ -18,8 +18,8 @@ from typing import Literal
 
 import numpy as np
 
+from llmopt.arrays import Bools, Floats, Ints
 from llmopt.chunks import Path, chunked, limited, line_of, served
-from llmopt.lengths import Floats, Ints
 from llmopt.mix import Mix
 
 STEPS = 8192
@@ -98,7 +98,7 @@ def _lowest_ahead(x: Floats | Ints) -> Floats:
     return np.asarray(np.minimum.accumulate(x[::-1])[::-1])
 
 
-def _next(hit: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> Ints:
+def _next(hit: Bools) -> Ints:
     """Index of the next true entry at or after each index."""
     index = np.where(hit, np.arange(len(hit)), len(hit))
     return np.asarray(np.minimum.accumulate(index[::-1])[::-1])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from llmopt.lengths import Floats
+from llmopt.arrays import Floats
 from llmopt.mix import Mix, reserving
 from llmopt.saturation import Saturation, saturate
 

@@ -10,8 +10,9 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field, InstanceOf, model_validator
 
+from llmopt.arrays import Floats, Ints
 from llmopt.arrivals import Arrivals, Poisson, Replay, sample_arrivals
-from llmopt.lengths import Floats, Ints, Law, Tokens
+from llmopt.lengths import Law, Tokens
 from llmopt.model import InputModel, Name
 
 Function = Callable[[Floats], Floats]

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
+from llmopt.arrays import Floats
 from llmopt.arrivals import Arrivals, ArrivalsBase, sample_arrivals
-from llmopt.lengths import Floats
 
 ADAPTER: TypeAdapter[Any] = TypeAdapter(Arrivals)
 

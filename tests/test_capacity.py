@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 
 from benchmarks.capacity_study import MODES, drawn, simulate
+from llmopt.arrays import Floats
 from llmopt.capacity import estimated_load, load_gradient, replica_capacity
 from llmopt.evaluate.saturate import saturated_throughput
-from llmopt.lengths import Floats, Histogram
+from llmopt.lengths import Histogram
 from llmopt.mix import Mix, blend
 from llmopt.moments import Engine, moments
 from llmopt.saturation import _fed, _smaller, saturate

@@ -20,7 +20,7 @@ FILES = {
 }
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 LAYERS = (
-    ("errors", "progress"),
+    ("errors", "arrays", "progress"),
     ("model", "explain", "output"),
     ("lengths", "catalog", "solution"),
     ("arrivals", "trace_data"),
@@ -42,7 +42,18 @@ LAYERS = (
     ("__main__",),
 )
 RANK = {f"llmopt.{name}": rank for rank, names in enumerate(LAYERS) for name in names}
-POLICIES_MAY = ("errors", "lengths", "workload", "hardware", "scenario", "moments", "solution", "plan", "policy")
+POLICIES_MAY = (
+    "errors",
+    "arrays",
+    "lengths",
+    "workload",
+    "hardware",
+    "scenario",
+    "moments",
+    "solution",
+    "plan",
+    "policy",
+)
 POLICIES_MAY += ("stability", "capacity")
 HEAVY = ("pandas", "cvxpy", "pyomo", "numba", "matplotlib", "scipy", "highspy")
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmopt.arrays import Floats, Ints
 from llmopt.evaluate.kernel import CompiledCore
 from llmopt.evaluate.saturate import SaturatedRun, saturated_throughput
 from llmopt.evaluate.simulate import simulate
-from llmopt.lengths import Floats, Ints
 from llmopt.plan import Plan, index_router
 from llmopt.scenario import Pool, Scenario
 from llmopt.workload import Requests

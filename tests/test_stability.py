@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmopt.lengths import Floats, Histogram
+from llmopt.arrays import Floats
+from llmopt.lengths import Histogram
 from llmopt.moments import Engine, moments
 from llmopt.scenario import Pool
 from llmopt.stability import RESOURCES, equilibrium, outer_factor, outer_rate, pool_loads, stability_rows

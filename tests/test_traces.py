@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmopt.arrays import Floats
 from llmopt.errors import ScenarioError
-from llmopt.lengths import Floats
 from llmopt.trace_data import Prefixes, Trace
 from llmopt.trace_servegen import sample_servegen
 from llmopt.trace_summary import window_counts

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from llmopt.arrays import Floats
 from llmopt.assess import assess
 from llmopt.errors import Infeasible, LLMOptError, PolicyError
 from llmopt.evaluate.comparison import QUANTILES, Comparison, Outcome, Simulated
@@ -17,7 +18,6 @@ from llmopt.evaluate.margin import ASKED, backlog_growth, head, long_run, simula
 from llmopt.evaluate.report import in_window, measure, realised_split
 from llmopt.evaluate.run import SimRun
 from llmopt.evaluate.simulate import simulate
-from llmopt.lengths import Floats
 from llmopt.plan import Router, check_plan
 from llmopt.policy import Policy
 from llmopt.scenario import Scenario

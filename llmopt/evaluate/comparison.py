@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from llmopt import __version__
+from llmopt.arrays import Floats
 from llmopt.evaluate.fluid import FluidRun
 from llmopt.evaluate.growth import Growth
 from llmopt.evaluate.report import Estimate, Report, paired_difference, summarise
-from llmopt.lengths import Floats
 from llmopt.output import plain, to_json, write
 from llmopt.plan import Plan
 from llmopt.scenario import Scenario

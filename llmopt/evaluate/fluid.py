@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmopt.arrays import Floats
 from llmopt.evaluate.fluid_route import Instant, Spread, spread_of
 from llmopt.evaluate.fluid_state import Cells
 from llmopt.evaluate.growth import Growth, growth
-from llmopt.lengths import Floats
 from llmopt.plan import Plan, Router, check_plan
 from llmopt.scenario import Scenario
 from llmopt.stability import stability_rows

@@ -20,11 +20,10 @@ from itertools import count, cycle
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from llmopt.arrays import Bools, Floats, Ints
 from llmopt.errors import PolicyError
 from llmopt.evaluate.fluid_state import Cells
-from llmopt.lengths import Floats, Ints
 from llmopt.plan import Incoming, Plan, ReplicaState, Router, RouterRule
 from llmopt.scenario import Scenario
 
@@ -85,7 +84,7 @@ class Index:
     """
 
     weights: Floats
-    mask: NDArray[np.bool_]
+    mask: Bools
     replicas: Floats
     choices: int
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from llmopt.arrays import Floats, Ints
 from llmopt.capacity import replica_capacity
-from llmopt.lengths import Floats, Ints
 from llmopt.plan import STATE_FEATURES
 from llmopt.scenario import Pool, Scenario
 from llmopt.stability import PoolRows, stability_rows

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmopt.lengths import Floats
+from llmopt.arrays import Floats
 
 THRESHOLD = 1e-3
 """Growth, as a fraction of the arrival rate, that is never called instability."""

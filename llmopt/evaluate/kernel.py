@@ -7,11 +7,11 @@ from dataclasses import fields
 
 import numpy as np
 
+from llmopt.arrays import Floats, Ints
 from llmopt.evaluate.kernel_route import Routing, drain, look, run
 from llmopt.evaluate.kernel_step import advance, arrive
 from llmopt.evaluate.kernel_types import Table, World, build_world, compiled
 from llmopt.evaluate.run import ReplicaTotals, SimRun
-from llmopt.lengths import Floats, Ints
 from llmopt.plan import STATE_FEATURES
 from llmopt.scenario import Pool
 from llmopt.workload import Requests

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from llmopt.arrays import Ints
 from llmopt.evaluate.kernel_glide import blocks_of
 from llmopt.evaluate.kernel_lists import next_due
 from llmopt.evaluate.kernel_types import NEVER, NONE, World, compiled
-from llmopt.lengths import Ints
 
 
 @compiled

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from llmopt.arrays import Floats
 from llmopt.evaluate.kernel_lists import join_bucket, leave_batch, leave_bucket, next_due, take_bucket
 from llmopt.evaluate.kernel_types import NEVER, NONE, RESERVE, World, compiled, inlined
-from llmopt.lengths import Floats
 
 
 @compiled

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llmopt.arrays import Floats, Ints
 from llmopt.evaluate.kernel_glide import blocks_of
 from llmopt.evaluate.kernel_step import advance, arrive
 from llmopt.evaluate.kernel_types import NONE, Table, World, compiled
-from llmopt.lengths import Floats, Ints
 from llmopt.plan import Router
 from llmopt.scenario import Scenario
 

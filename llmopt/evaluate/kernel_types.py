@@ -16,7 +16,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from llmopt.lengths import Floats, Ints
+from llmopt.arrays import Floats, Ints
 from llmopt.scenario import Pool, Preemption
 from llmopt.workload import Requests
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmopt.arrays import Bools, Floats
 from llmopt.evaluate.run import SimRun
-from llmopt.lengths import Floats
 from llmopt.scenario import Pool, Scenario
 
 SECONDS_PER_HOUR = 3600.0
@@ -135,12 +135,12 @@ def measure(scenario: Scenario, run: SimRun, seed: int) -> Report:
     )
 
 
-def in_window(scenario: Scenario, times: Floats) -> NDArray[np.bool_]:
+def in_window(scenario: Scenario, times: Floats) -> Bools:
     """Which `times` lie in [warmup, horizon)."""
     return (times >= scenario.evaluation.warmup) & (times < scenario.evaluation.horizon)
 
 
-def meets_slos(scenario: Scenario, run: SimRun) -> NDArray[np.bool_]:
+def meets_slos(scenario: Scenario, run: SimRun) -> Bools:
     """Which requests meet all requirements of their class, shape (n_requests,); no requirement is met."""
     classes = scenario.workload.classes
     cls = run.requests.cls
@@ -199,7 +199,7 @@ def _cost(scenario: Scenario, tokens: float) -> float:
     return hourly / SECONDS_PER_HOUR / tokens * 1e6 if tokens > 0 else float("inf")
 
 
-def _pool_use(scenario: Scenario, run: SimRun, measured: NDArray[np.bool_], j: int) -> PoolUse:
+def _pool_use(scenario: Scenario, run: SimRun, measured: Bools, j: int) -> PoolUse:
     pool: Pool = scenario.pools[j]
     totals, mine = run.replicas, run.replicas.pool == j
     seconds = max(run.end, scenario.evaluation.horizon) * pool.replicas

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmopt.lengths import Floats, Ints
+from llmopt.arrays import Floats, Ints
 from llmopt.workload import Requests
 
 

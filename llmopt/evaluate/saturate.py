@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmopt.arrays import Ints
 from llmopt.errors import ScenarioError
 from llmopt.evaluate.run import ReplicaTotals
-from llmopt.lengths import Ints
 from llmopt.scenario import Pool
 
 
