@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from llmopt.arrays import Bools, Floats, Ints
-from llmopt.errors import Infeasible
 from llmopt.scenario import Scenario
 from llmopt.stability import PoolRows, stability_rows
 
@@ -49,13 +48,7 @@ class RoutingData:
 
     @classmethod
     def of(cls, scenario: Scenario) -> RoutingData:
-        """Read a scenario.
-
-        Raises
-        ------
-        Infeasible
-            If the largest request of a class fits no pool.
-        """
+        """Read a scenario, which holds no class whose largest request fits no pool."""
         classes = scenario.workload.classes
         return cls(
             classes=tuple(c.name for c in classes),
@@ -64,7 +57,7 @@ class RoutingData:
             replicas=np.array([p.replicas for p in scenario.pools], dtype=float),
             price=np.array([p.price for p in scenario.pools]),
             tpot=np.array([c.tpot or np.inf for c in classes]),
-            allowed=_served_somewhere(scenario, np.array(scenario.allowed)),
+            allowed=np.array(scenario.allowed),
             limits=stability_rows(scenario),
         )
 
@@ -109,16 +102,6 @@ class RoutingData:
         starts = np.concatenate([[0], np.cumsum([len(k) for k in columns])])
         flat = np.concatenate(columns) if columns else np.zeros(0, dtype=np.int64)
         return csr_array((np.concatenate(data or [np.zeros(0)]), flat, starts), shape=(len(rows), len(self.pairs)))
-
-
-def _served_somewhere(scenario: Scenario, allowed: Bools) -> Bools:
-    for c, cls in enumerate(scenario.workload.classes):
-        if not allowed[c].any():
-            raise Infeasible(
-                f"class {cls.name!r}: a request of {cls.largest} tokens exceeds the KV memory of every pool; "
-                "raise kv_capacity or cut the class in two"
-            )
-    return allowed
 
 
 def _undominated(seconds: Floats) -> list[int]:

@@ -42,19 +42,8 @@ LAYERS = (
     ("__main__",),
 )
 RANK = {f"llmopt.{name}": rank for rank, names in enumerate(LAYERS) for name in names}
-POLICIES_MAY = (
-    "errors",
-    "arrays",
-    "lengths",
-    "workload",
-    "hardware",
-    "scenario",
-    "moments",
-    "solution",
-    "plan",
-    "policy",
-)
-POLICIES_MAY += ("stability", "capacity")
+POLICIES_MAY = ("errors", "arrays", "lengths", "workload", "hardware", "scenario", "moments", "solution")
+POLICIES_MAY += ("plan", "policy", "stability", "capacity")
 HEAVY = ("pandas", "cvxpy", "pyomo", "numba", "matplotlib", "scipy", "highspy")
 
 
