@@ -21,6 +21,7 @@ from llmopt.page import html_report, write_report
 from llmopt.plan import Incoming, Plan, ReplicaState, Router, index_router, split_router
 from llmopt.plot import comparison_pictures
 from llmopt.scenario import Scenario
+from llmopt.workload import Requests
 
 SERVICE = 0.1
 
@@ -164,7 +165,18 @@ def test_the_verdict_follows_from_the_bracket(calm: Comparison, bracket: tuple[f
     assert replace(calm["turns"], bracket=bracket).verdict == verdict
 
 
-def test_a_long_run_repeats_a_trace_in_other_orders_and_keeps_its_mix():
+def test_a_long_run_repeats_a_trace_as_a_whole_each_time_in_another_order():
+    arrival, ones = np.arange(50.0), np.ones(50, np.int64)
+    data = unlike_pools(horizon=60.0).model_dump(by_alias=True, exclude_none=True)
+    data["workload"]["arrivals"] = {"law": "replay"}
+    data["workload"]["replay"] = Requests(arrival, 1 + np.arange(50), ones, 0 * ones, 0.0 * arrival)
+    data["workload"]["rate"] = 1.0
+    laps = long_run(Scenario.model_validate(data), 1, 150).prompt.reshape(3, 50)
+    assert (np.sort(laps, axis=1) == 1 + np.arange(50)).all()
+    assert len(np.unique(laps, axis=0)) == 3
+
+
+def test_a_long_run_of_a_synthetic_workload_keeps_its_mix():
     given = unlike_pools(rate=20.0, horizon=60.0, seeds=[1])
     fresh = long_run(given, 1, 5000)
     assert len(fresh) == 5000 and np.bincount(fresh.cls) / 5000 == pytest.approx(

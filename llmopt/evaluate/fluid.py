@@ -2,7 +2,7 @@
 
 Requests are a liquid. Replica j runs r_cj requests of class c; a step lasts
 
-    tau_j = kappa_j max_i ( a_ij + sum_c r_cj w_ijc / L_cj ),                                                   (2)
+    tau_j = kappa_j max_i ( a_ij + sum_c r_cj w_ijc / L_cj ),
 
 a request leaves after L_cj steps on average, and running requests hold sum_c r_cj u_Rjc / L_cj of resource R. Arrivals
 are admitted at once while every resource is below its cap, else as fast as departures allow, in proportion to what
@@ -72,7 +72,9 @@ def evaluate_fluid(scenario: Scenario, plan: Plan, horizon: float | None = None)
     rates = arrivals.sum(axis=0) / _covered(scenario, span)
     cells.slowdown.guess(rates[:, None] * _first_split(scenario, plan))
     run = tank.fill(arrivals, span / len(arrivals))
-    after, late = (tank.fill(np.tile(rates * dt, (STEPS, 1)), dt) for dt in [span * SETTLE / STEPS] * 2)
+    dt = span * SETTLE / STEPS
+    mean = np.tile(rates * dt, (STEPS, 1))
+    after, late = tank.fill(mean, dt), tank.fill(mean, dt)
     fractions, lasting = (_split(_by_pool(part.sent, cells)) for part in (run, late))
     waiting = _by_pool(run.waiting, cells)
     verdict = _fastest(late.times, _by_pool(late.waiting, cells).sum(axis=1), float(rates.sum()))
