@@ -35,11 +35,6 @@ def on_replicas(replicas: int, trace: Path | None) -> Scenario:
     return scenario.replace(pools=[scenario.pools[0].model_copy(update={"replicas": replicas}).model_dump()])
 
 
-def head(requests: Requests, n: int) -> Requests:
-    """The first `n` requests."""
-    return Requests(*(getattr(requests, name)[:n] for name in ("arrival", "prompt", "output", "cls", "u")))
-
-
 def stretched(requests: Requests, n: int, factor: float) -> Requests:
     """`n` requests with lengths drawn from `requests`, arriving as a Poisson process at `factor` times their rate."""
     rng = np.random.default_rng(0)
@@ -89,7 +84,7 @@ def speed(report: Report, scenario: Scenario, requests: Requests, runs: int) -> 
         "least outstanding tokens": Plan("least-tokens", index_router(scenario, outstanding_tokens=1.0)),
     }
     start = perf_counter()
-    simulate(scenario, turns, requests=head(requests, 2))
+    simulate(scenario, turns, requests=requests.head(2))
     print(f"first call, compilation or its cache included: {perf_counter() - start:.1f} s\n")
     for name, plan in plans.items():
         rate = n / seconds(lambda plan=plan: simulate(scenario, plan, requests=requests), runs)  # type: ignore[misc]
@@ -102,7 +97,7 @@ def speed(report: Report, scenario: Scenario, requests: Requests, runs: int) -> 
     report.line("plain-Python core, round-robin", rate, "requests/s", least=50_000)
     rate = n / seconds(lambda: simulate(scenario, rule, requests=requests, core="python"), few)
     report.line("plain-Python core, the Python function", rate, "requests/s")
-    some = head(requests, FEW)
+    some = requests.head(FEW)
     naive = seconds(lambda: oracle.simulate(scenario, shortest, some), 1)
     ours = seconds(lambda: simulate(scenario, shortest, requests=some), runs)
     report.line(f"naive oracle, join-shortest-queue, first {FEW} requests", len(some) / naive, "requests/s")

@@ -44,6 +44,10 @@ class Requests:
         """Number of requests."""
         return len(self.arrival)
 
+    def head(self, n: int) -> Requests:
+        """The first `n` requests."""
+        return Requests(self.arrival[:n], self.prompt[:n], self.output[:n], self.cls[:n], self.u[:n])
+
 
 class RequestClass(InputModel):
     """Alike requests.

@@ -12,7 +12,7 @@ def test_the_benchmark_measures_both_cores_and_the_oracle(
 ) -> None:
     monkeypatch.setattr(simulator, "FEW", 20)
     scenario = simulator.on_replicas(6, None)
-    requests = simulator.head(scenario.workload.sample(120.0, 1), 100)
+    requests = scenario.workload.sample(120.0, 1).head(100)
     report = simulator.Report()
     simulator.speed(report, scenario, requests, 1)
     simulator.scaling(report, requests, None, 20_000)

@@ -14,7 +14,7 @@ from llmopt.assess import assess
 from llmopt.errors import Infeasible, LLMOptError, PolicyError
 from llmopt.evaluate.comparison import QUANTILES, Comparison, Outcome, Simulated
 from llmopt.evaluate.fluid import evaluate_fluid
-from llmopt.evaluate.margin import ASKED, backlog_growth, head, long_run, simulated_margin
+from llmopt.evaluate.margin import ASKED, backlog_growth, long_run, simulated_margin
 from llmopt.evaluate.report import in_window, measure, realised_split
 from llmopt.evaluate.run import SimRun
 from llmopt.evaluate.simulate import simulate
@@ -118,7 +118,7 @@ class _Game:
         if isinstance(outcome.plan.router, Router) and not self.warm:
             self.tell("compiling the simulator (some seconds, first run only)", 0)
             first = next(iter(self.arrivals.values()))
-            simulate(self.scenario, outcome.plan, 0, requests=head(first, 2))
+            simulate(self.scenario, outcome.plan, 0, requests=first.head(2))
             self.warm = True
         runs = []
         for seed, requests in self.arrivals.items():
@@ -139,7 +139,7 @@ class _Game:
         margin = theory.critical_rate / theory.rate
         self.tell(f"{policy.name}: search for the margin", 0)
         with self.timed("margin"):
-            played = self.long if isinstance(plan.router, Router) else head(self.long, ASKED)
+            played = self.long if isinstance(plan.router, Router) else self.long.head(ASKED)
             bracket = simulated_margin(self.scenario, plan, played, margin)
         outcome = replace(outcome, bracket=bracket)
         if plan.fractions is None:

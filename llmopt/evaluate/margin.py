@@ -101,11 +101,6 @@ def long_run(scenario: Scenario, seed: int, count: int = PLAYED) -> Requests:
     return Requests(np.zeros(count), drawn.prompt[order], drawn.output[order], drawn.cls[order], rng.random(count))
 
 
-def head(requests: Requests, n: int) -> Requests:
-    """The first `n` requests."""
-    return Requests(*(getattr(requests, name)[:n] for name in ("arrival", "prompt", "output", "cls", "u")))
-
-
 def _drawn(scenario: Scenario, seed: int, count: int) -> Requests:
     """The requests of a replayed trace within the horizon, or `count` fresh ones and some more."""
     work = scenario.workload
