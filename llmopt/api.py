@@ -48,7 +48,7 @@ def compare(
     """
     from llmopt.evaluate.compare import compare as play
 
-    chosen = [_named(p) for p in (policies or policy_names())]
+    chosen = [_named(p) for p in (policy_names() if policies is None else policies)]
     return play(_loaded(scenario), chosen, _seeds(seeds), progress)
 
 

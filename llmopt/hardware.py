@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
@@ -40,7 +40,7 @@ class StepTime:
     """
 
     coefficients: Floats
-    names: tuple[str, ...] = field(default=())
+    names: tuple[str, ...] = ()
 
     def __call__(self, prefill: float = 0, decode: float = 0, kv: float = 0, pairs: float = 0) -> float:
         """Duration of one step in seconds."""
@@ -53,6 +53,6 @@ class StepTime:
     @classmethod
     def from_pieces(cls, pieces: tuple[Piece, ...]) -> StepTime:
         """Stack validated pieces; unnamed ones are numbered."""
-        rows = [[p.base, p.prefill, p.decode, p.kv, p.pairs] for p in pieces]
+        rows = [[getattr(p, feature) for feature in FEATURES] for p in pieces]
         names = tuple(p.name or f"piece {i}" for i, p in enumerate(pieces, 1))
         return cls(np.array(rows, dtype=float), names)

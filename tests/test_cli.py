@@ -255,6 +255,7 @@ def test_a_bad_trace_is_refused(tiny: Path, content: str, words: tuple[str, ...]
         (("compare", "quickstarts"), "did you mean 'quickstart'?"),
         (("compare", "nowhere/x.toml"), "no such file"),
         (("compare", "quickstart", "--policies", "jsqq"), "did you mean jsq"),
+        (("compare", "quickstart", "--policies", ","), "no policy"),
         (("compare", "quickstart", "--seeds", "many"), "--seeds many"),
         (("compare", "quickstart", "--seeds", "0"), "at least 1"),
         (("compare", "quickstart", "--seeds", "1,1"), "repeated"),

@@ -219,9 +219,9 @@ def test_what_worked_before_the_failure_is_kept():
     assert outcome.plan is not None and outcome.simulated is None
 
 
-@pytest.mark.parametrize("policies", [[], [Turns(), Turns()]])
-def test_names_must_tell_policies_apart(policies: list[Turns]):
-    with pytest.raises(PolicyError, match="different names"):
+@pytest.mark.parametrize(("policies", "words"), [([], "no policy; name"), ([Turns(), Turns()], "different names")])
+def test_names_must_tell_policies_apart(policies: list[Turns], words: str):
+    with pytest.raises(PolicyError, match=words):
         compare(server(0.5, 50.0), policies)
 
 

@@ -58,7 +58,9 @@ def compare(
         If two policies share a name or none is given.
     """
     names = [policy.name for policy in policies]
-    if not names or len(set(names)) < len(names):
+    if not names:
+        raise PolicyError("compare was given no policy; name at least one")
+    if len(set(names)) < len(names):
         raise PolicyError(f"compare needs policies with different names, but was given {names}; rename or drop some")
     chosen = tuple(scenario.evaluation.seeds if seeds is None else seeds)
     arrivals = {seed: scenario.workload.sample(scenario.evaluation.horizon, seed) for seed in chosen}
