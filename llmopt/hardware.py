@@ -12,6 +12,7 @@ from llmopt.arrays import Floats
 from llmopt.model import InputModel
 
 FEATURES = ("base", "prefill", "decode", "kv", "pairs")
+"""What the time of a step depends on: the step itself, prefill tokens, decode sequences, KV tokens read, pairs."""
 PerStep = Annotated[float, Field(ge=0, le=10)]
 PerToken = Annotated[float, Field(ge=0, le=1)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -122,6 +123,31 @@ def split_router(
     inside = index_router(scenario, 0, **weights)
     clean = np.clip(np.asarray(fractions, dtype=float), 0.0, None)
     return Router(inside.weights, clean / clean.sum(axis=1, keepdims=True), spread, mask=inside.mask)
+
+
+def ask(rule: RouterRule, policy: str, request: Incoming, states: list[ReplicaState]) -> int:
+    """The replica that a Python rule chooses.
+
+    Raises
+    ------
+    PolicyError
+        If the rule raises, or returns anything but the index of a replica.
+    """
+    count = len(states)
+    remedy = f"return a replica index from 0 to {count - 1}"
+    try:
+        choice = rule(request, states)
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise PolicyError(f"policy {policy!r}: its rule raised {what} at request {request.number}; {remedy}") from error
+    try:
+        r = operator.index(choice)
+    except TypeError:
+        what = f"its rule returned {choice!r}, not an integer,"
+        raise PolicyError(f"policy {policy!r}: {what} at request {request.number}; {remedy}") from None
+    if not 0 <= r < count:
+        raise PolicyError(f"policy {policy!r}: its rule returned {r} at request {request.number}; {remedy}")
+    return r
 
 
 def check_plan(plan: Plan, scenario: Scenario) -> None:

@@ -289,7 +289,10 @@ def test_a_python_rule_that_overloads_one_replica_of_many_is_found_out() -> None
     assert run.growth.slope == pytest.approx(MU, rel=0.01)
 
 
-@pytest.mark.parametrize(("answer", "message"), [(7, "its rule returned 7"), (1, "sent a request of 2050 tokens")])
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [(7, "its rule returned 7"), (1.5, "returned 1.5, not an integer"), (1, "sent a request of 2050 tokens")],
+)
 def test_wrong_answers_of_a_python_rule_are_refused(answer: int, message: str) -> None:
     pools = [pool("big"), pool("small", kv_capacity=1_000)]
     question = scenario(pools, [request_class("long", 2000, 50)], rate=5.0)

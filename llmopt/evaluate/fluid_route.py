@@ -24,7 +24,7 @@ import numpy as np
 from llmopt.arrays import Bools, Floats, Ints
 from llmopt.errors import PolicyError
 from llmopt.evaluate.fluid_state import Cells
-from llmopt.plan import Incoming, Plan, ReplicaState, Router, RouterRule
+from llmopt.plan import Incoming, Plan, ReplicaState, Router, RouterRule, ask
 from llmopt.scenario import Scenario
 
 SAMPLES = 8
@@ -185,9 +185,7 @@ class Called:
     def _ask(self, time: float, c: int, states: list[ReplicaState]) -> int:
         prompt, output = next(self.lengths[c])
         request = Incoming(next(self.numbers), time, prompt, output, c, float(self.rng.random()))
-        k = int(self.rule(request, list(states)))
-        if not 0 <= k < len(states):
-            raise PolicyError(f"policy {self.policy!r}: its rule returned {k}; return an index below {len(states)}")
+        k = ask(self.rule, self.policy, request, list(states))
         pool = self.scenario.pools[states[k].pool]
         if not pool.fits(prompt + output):
             raise PolicyError(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from llmopt.errors import PolicyError, ScenarioError
 from llmopt.evaluate.run import SimRun
-from llmopt.plan import Incoming, Plan, ReplicaState, Router, RouterRule, check_plan
+from llmopt.plan import Incoming, Plan, ReplicaState, Router, RouterRule, ask, check_plan
 from llmopt.scenario import Scenario
 from llmopt.workload import Requests
 
@@ -90,30 +89,11 @@ def _run_rule(engine: CompiledCore | PythonCore, scenario: Scenario, policy: str
     columns = (requests.arrival, requests.prompt, requests.output, requests.cls, requests.u)
     for i, (time, prompt, output, cls, u) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
         states = [ReplicaState(r, pools[r], *state) for r, state in enumerate(engine.look(time))]
-        r = _ask(rule, policy, Incoming(i, time, prompt, output, cls, u), states)
+        r = ask(rule, policy, Incoming(i, time, prompt, output, cls, u), states)
         if prompt + output > room[pools[r]]:
             raise _too_large(requests, policy, i)
         engine.arrive(r, i, time)
     engine.drain()
-
-
-def _ask(rule: RouterRule, policy: str, request: Incoming, states: list[ReplicaState]) -> int:
-    """The rule's choice, checked."""
-    count = len(states)
-    remedy = f"return a replica index from 0 to {count - 1}"
-    try:
-        choice = rule(request, states)
-    except Exception as error:
-        what = f"{type(error).__name__}: {error}"
-        raise PolicyError(f"policy {policy!r}: its rule raised {what} at request {request.number}; {remedy}") from error
-    try:
-        r = operator.index(choice)
-    except TypeError:
-        what = f"its rule returned {choice!r}, not an integer,"
-        raise PolicyError(f"policy {policy!r}: {what} at request {request.number}; {remedy}") from None
-    if not 0 <= r < count:
-        raise PolicyError(f"policy {policy!r}: its rule returned {r} at request {request.number}; {remedy}")
-    return r
 
 
 def _too_large(requests: Requests, policy: str, i: int) -> PolicyError:
