@@ -64,7 +64,7 @@ def _locate(path: str | Path) -> Path:
 
 def _toml(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
         raise ScenarioError(f"{file}: is not a text file; give a scenario in TOML") from None
     except tomllib.TOMLDecodeError as error:

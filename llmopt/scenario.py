@@ -172,6 +172,8 @@ class Scenario(InputModel):
     def replace(self, **updates: Any) -> Scenario:
         """A validated copy with dotted keys replaced, e.g. `replace(**{"workload.rate": 5.0, "pools.0.replicas": 3})`.
 
+        A replayed trace keeps its requests at another rate: its horizon shrinks or grows with its times.
+
         Raises
         ------
         ScenarioError
@@ -180,6 +182,9 @@ class Scenario(InputModel):
         data = self._raw()
         for key, value in updates.items():
             _put(data, key, value)
+        rate = data["workload"].get("rate")
+        if self.workload.replay is not None and "evaluation.horizon" not in updates and _is_positive(rate):
+            data["evaluation"]["horizon"] *= self.workload.total_rate / rate
         return Scenario.checked(data, f"scenario {self.name!r} changed by {', '.join(updates)}")
 
     @classmethod
@@ -197,6 +202,10 @@ class Scenario(InputModel):
         for plain, cls in zip(data["workload"]["classes"], self.workload.classes, strict=True):
             plain["pairs"] = cls.pairs
         return data
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and value > 0
 
 
 def _put(data: dict[str, Any], key: str, value: Any) -> None:

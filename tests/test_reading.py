@@ -123,6 +123,20 @@ def test_a_replay_may_be_scaled_in_time_or_to_a_rate(write: Path) -> None:
     assert scenario.replace(**{"workload.rate": 0.75}).workload.sample(100.0, 1).arrival[-1] == pytest.approx(4.0)
 
 
+@pytest.mark.parametrize("rate", [30.0, 0.2])
+def test_a_replay_keeps_its_requests_at_another_rate(write: Path, rate: float) -> None:
+    """Four requests stand for 4 / rate s, which is what goodput and cost are counted over."""
+    scenario = load_scenario("s.toml", "t.csv").replace(**{"workload.rate": rate})
+    assert scenario.evaluation.horizon == pytest.approx(4 / rate)
+    assert len(scenario.workload.sample(scenario.evaluation.horizon, 1)) == 4
+    assert scenario.replace(**{"workload.rate": 1.0, "evaluation.horizon": 2.5}).evaluation.horizon == 2.5
+
+
+def test_a_byte_order_mark_is_no_part_of_a_scenario(write: Path) -> None:
+    (write / "s.toml").write_text(SCENARIO, encoding="utf-8-sig")
+    assert load_scenario("s.toml").name == "s"
+
+
 def test_a_horizon_cuts_a_replay_and_its_rates(write: Path) -> None:
     """Three requests in the first 2.5 s, over a span of 2 s that stands for 3 s."""
     put(
