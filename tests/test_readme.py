@@ -65,6 +65,8 @@ def close(said: str, printed: str) -> bool:
 
 def found(said: str, printed: list[str]) -> bool:
     """Whether a line is among those printed; gap and seconds depend on the machine."""
+    if said.startswith("seconds "):
+        return any(line.startswith("seconds ") for line in printed)
     timed = any("plan (s)" in line for line in printed)
     return any(same(said, line) or (timed and same(untimed(said), untimed(line))) for line in printed)
 
