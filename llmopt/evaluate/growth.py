@@ -6,10 +6,9 @@ chatters and a burst that drains leave low-water marks where they are.
 
 Near the critical rate the backlog of a finite window is nearly a random walk, and even its low-water marks drift. The
 walk's own steps say by how much: with sigma^2 the variance of its increments per second, a slope over T seconds has a
-standard deviation of sigma / sqrt(T). Growth counts only above `NOISE` times that. Measured on a single-server queue
-with Poisson arrivals and lognormal service, three runs pooled (150 trials; cv of the service time 1 / 2): 5 % below
-and above the critical rate at most 1 % of the verdicts are wrong from 12 000 requests a run on; 2 % below and above it
-4 / 15 % with 12 000 requests, 1 / 4 % with 36 000. No test does much better: that is what the noise leaves.
+standard deviation of sigma / sqrt(T). Growth counts only above `NOISE` times that. What the noise leaves, measured on a
+single-server queue by `python -m benchmarks.growth_study`: 5 % below and above the critical rate at most 1 % of the
+verdicts are wrong from 12 000 requests a run on; 2 % from it up to 16 % with 12 000 requests, up to 6 % with 36 000.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ RESOLUTION = 1.02
 STRIDE = 1.25
 LARGEST = 1e3
 PLAYED = 400_000
-"""Requests of a run of the search; with these, other seeds move the margin of a random split by up to 2 %."""
+"""Requests of a run of the search; with these, `benchmarks.verdicts --seed N` moves a margin by 2 % at most."""
 ASKED = 100_000
 """The same for a rule in plain Python, which is asked once for each."""
 START = 0.5
