@@ -110,7 +110,7 @@ def margin_text(outcome: Outcome) -> str:
 
 def _comparison_notes(comparison: Comparison) -> Iterator[RenderableType]:
     yield Text(
-        "margin: factor by which all arrivals could grow, about ± 2 %, by long simulated runs (by theory, for a fixed split)",
+        "margin: factor by which all arrivals could grow, about ± 2 %, by long runs (by theory, for a fixed split)",
         style="dim",
     )
     if any(o.growing for o in comparison.outcomes):

@@ -29,8 +29,8 @@ RESOLUTION = 1.02
 STRIDE = 1.25
 LARGEST = 1e3
 PLAYED = 400_000
-"""Requests of a run of the search. With these, `benchmarks.verdicts --seed N` moves margins by up to 2 %, and by up to 4 %
-in bursty-day, where one request may take two thirds of a replica's memory."""
+"""Requests of a run of the search. With these, `benchmarks.verdicts --seed N` moves margins by up to 2 %, and by up to
+4 % in bursty-day, where one request may take two thirds of a replica's memory."""
 ASKED = 100_000
 """The same for a rule in plain Python, which is asked once for each."""
 START = 0.5
