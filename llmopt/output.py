@@ -51,6 +51,8 @@ def whole(path: str | Path) -> Iterator[Path]:
         If the folder cannot be made or written.
     """
     target = Path(path)
+    if not target.name:
+        raise ScenarioError(f"{str(path)!r} names no file to write; name one")
     temporary = target.with_name(f".{os.getpid()}.{target.name}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

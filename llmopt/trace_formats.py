@@ -109,6 +109,10 @@ GENERIC = {
     "hashes": ("hashes", "hash_ids"),
 }
 GENERIC_BLOCK = 512
+NAME_THEM = (
+    "name the columns with columns = { arrival = ..., prompt = ..., output = ... } in [workload.trace], or make a copy "
+    "with llmopt trace FILE --column prompt=... --column output=... --to COPY"
+)
 
 
 def format_names() -> tuple[str, ...]:
@@ -172,7 +176,7 @@ def _closest(path: str | Path, spelt: Mapping[str, str], candidates: list[Layout
     missing = ", ".join(map(repr, _missing(best, spelt)))
     raise ScenarioError(
         f"{path}: looks like a trace in {best.name} layout but has no column {missing} (found {_list(spelt)}); "
-        f"add it, or name the columns with columns = {{ arrival = ..., prompt = ..., output = ... }}"
+        f"add it, or {NAME_THEM}"
     )
 
 
@@ -185,10 +189,7 @@ def _generic(path: str | Path, spelt: Mapping[str, str], candidates: list[Layout
     if near:
         return _closest(path, spelt, near)
     lacks = " and ".join(role for role in ("prompt", "output") if role not in mapping)
-    raise ScenarioError(
-        f"{path}: has no column for {lacks} tokens (found {_list(spelt)}); "
-        f"name the columns with columns = {{ arrival = ..., prompt = ..., output = ... }}"
-    )
+    raise ScenarioError(f"{path}: has no column for {lacks} tokens (found {_list(spelt)}); {NAME_THEM}")
 
 
 def _mapped(path: str | Path, spelt: Mapping[str, str], columns: Mapping[str, str]) -> Layout:

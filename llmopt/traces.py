@@ -11,6 +11,7 @@ import numpy as np
 
 from llmopt.arrays import Bools, Floats
 from llmopt.errors import ScenarioError
+from llmopt.output import whole
 from llmopt.trace_data import Prefixes, Skipped, Trace
 from llmopt.trace_files import Table, read_table
 from llmopt.trace_formats import Layout, find_layout, format_names
@@ -164,7 +165,7 @@ def write_trace(trace: Trace, path: str | Path) -> Path:
     Raises
     ------
     ScenarioError
-        If the suffix is another, or Parquet support is not installed.
+        If the suffix is another, the file cannot be written, or Parquet support is not installed.
     """
     import pandas as pd
 
@@ -175,14 +176,15 @@ def write_trace(trace: Trace, path: str | Path) -> Path:
         lists = [trace.prefixes.of(i).tolist() for i in range(len(trace))]
         columns["hashes"] = [" ".join(map(str, one)) for one in lists] if kind == "csv" else lists
     data = pd.DataFrame(columns)
-    if kind == "csv":
-        data.to_csv(path, index=False)
-    elif kind == "jsonl":
-        data.to_json(path, orient="records", lines=True, double_precision=15)
-    elif kind == "parquet":
-        _write_parquet(data, path)
-    else:
-        raise ScenarioError(f"{path}: cannot write a trace with this suffix; use .csv, .jsonl or .parquet")
+    with whole(path) as temporary:
+        if kind == "csv":
+            data.to_csv(temporary, index=False)
+        elif kind == "jsonl":
+            data.to_json(temporary, orient="records", lines=True, double_precision=15)
+        elif kind == "parquet":
+            _write_parquet(data, temporary)
+        else:
+            raise ScenarioError(f"{path}: cannot write a trace with this suffix; use .csv, .jsonl or .parquet")
     return Path(path)
 
 
