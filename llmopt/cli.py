@@ -92,10 +92,9 @@ def compare(
     from llmopt.api import compare as play
     from llmopt.progress import Display
 
-    names = [name.strip() for name in policies.split(",") if name.strip()] if policies else None
+    names = [name.strip() for name in policies.split(",") if name.strip()] if policies is not None else None
     comparisons = []
-    for source in scenarios:
-        scenario = prepared(source, trace, rate, load)
+    for scenario in _told_apart([prepared(source, trace, rate, load) for source in scenarios]):
         with Display(quiet=json_file == "-") as display:
             comparisons.append(play(scenario, names, parsed_seeds(seeds), display))
         if json_file != "-":
@@ -170,15 +169,14 @@ def trace(
     json_file: str | None,
     report: str | None,
 ) -> None:
-    """Statistics of a real trace, its malformed rows by line, a picture, a conversion."""
+    """Statistics of a real trace, its bad rows, a picture, a clean copy."""
     from llmopt.describe import trace_data
-    from llmopt.output import whole, write
+    from llmopt.output import write
     from llmopt.traces import read_trace, write_trace
 
     known = read_trace(file, layout, _mapping(columns) or None)
     if target:
-        with whole(target) as temporary:
-            write_trace(known, temporary)
+        write_trace(known, target)
     written = [Path(target)] if target else []
     if report:
         from llmopt.plot import draw, trace_figure
@@ -258,8 +256,18 @@ def show(parts: Iterable[RenderableType]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=WIDTH)
-    for part in parts:
+    from llmopt.text import fitted
+
+    for part in (piece for whole in parts for piece in fitted(whole, console.width)):
         console.print(part, soft_wrap=not console.is_terminal and isinstance(part, str | Text))
+
+
+def _told_apart(scenarios: list[Scenario]) -> list[Scenario]:
+    """The scenarios, refused if two of them would share rows and folders of a report under one name."""
+    names = [scenario.name for scenario in scenarios]
+    if len(set(names)) < len(names):
+        raise ScenarioError(f"two scenarios share a name ({', '.join(names)}); give each its own name in its file")
+    return scenarios
 
 
 def _write_comparisons(comparisons: Sequence[Comparison], json_file: str | None, report: str | None) -> None:

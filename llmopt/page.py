@@ -32,7 +32,7 @@ PAGE = Template("""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>$title</title>
 <style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 2em auto; padding: 0 1em; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1240px; margin: 2em auto; padding: 0 1em; }
 h1 { font-size: 1.5em; margin-bottom: 0; } .meta, figcaption, .half { color: #666; font-size: 0.87em; }
 table { border-collapse: collapse; font-size: 0.87em; } .wide { overflow-x: auto; }
 th, td { padding: 0.3em 0.7em; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }

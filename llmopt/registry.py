@@ -58,6 +58,8 @@ def get_policy(name: str) -> Policy:
 def _own(name: str) -> Policy:
     """The policy behind ``module:attribute``."""
     where, _, attribute = name.rpartition(":")
+    if not where or not attribute:
+        raise PolicyError(f"{name!r} names no policy; write it like mymodule:mypolicy or path/to/file.py:mypolicy")
     module = _load(where)
     if not hasattr(module, attribute):
         names = [n for n in vars(module) if not n.startswith("_")]

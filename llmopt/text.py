@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -131,6 +132,12 @@ def plan_view(plan: Plan, scenario: Scenario) -> Iterator[RenderableType]:
     simple = {key: value for key, value in plan.figures.items() if isinstance(value, int | float)}
     if simple:
         yield pairs("figure", "value", simple)
+    by_pool = {key: plan.figures[key] for key in ("load", "replicas_used") if plan.figures.get(key)}
+    if by_pool:
+        table = grid("pool", right=["replicas", *(key.replace("_", " ") for key in by_pool)])
+        for pool in scenario.pools:
+            table.add_row(pool.name, str(pool.replicas), *(number(row[pool.name]) for row in by_pool.values()))
+        yield table
     if plan.figures.get("prices"):
         yield prices_view(plan.figures["prices"], str(plan.figures.get("price_unit", "the objective")))
 
@@ -191,6 +198,35 @@ def grid(*left: str, right: Sequence[str] = ()) -> Table:
     for name in right:
         table.add_column(name, justify="right")
     return table
+
+
+def fitted(part: RenderableType, width: int) -> list[RenderableType]:
+    """A table too wide for `width` characters as several below each other, the first column in each; else as it is."""
+    if not isinstance(part, Table):
+        return [part]
+    groups: list[list[int]] = [[]]
+    used = first = 0
+    for k, column in enumerate(part.columns):
+        need = 2 + max(cell_len(str(cell)) for cell in (column.header, *column.cells))
+        if k == 0:
+            used = first = need
+            continue
+        if groups[-1] and used + need - 2 > width:
+            groups.append([])
+            used = first
+        groups[-1].append(k)
+        used += need
+    return [part] if len(groups) == 1 else [_columns_of(part, [0, *group]) for group in groups]
+
+
+def _columns_of(table: Table, chosen: Sequence[int]) -> Table:
+    some = grid()
+    columns = [table.columns[k] for k in chosen]
+    for column in columns:
+        some.add_column(column.header, justify=column.justify, no_wrap=column.no_wrap)
+    for row in zip(*(column.cells for column in columns), strict=True):
+        some.add_row(*row)
+    return some
 
 
 def pairs(name: str, value: str, rows: dict[str, Any]) -> Table:
@@ -266,7 +302,8 @@ def _spreads(spreads: Mapping[str, Spread]) -> Table:
 def catalogue_view(data: Mapping[str, Mapping[str, str]]) -> Iterator[RenderableType]:
     """One table for each kind of thing."""
     for kind, lines in data.items():
-        table = grid(kind, "")
+        table = grid(kind)
+        table.add_column("")
         for name, line in lines.items():
             table.add_row(name, Text(line))
         yield table

@@ -205,6 +205,29 @@ def test_a_broken_policy_keeps_its_row_and_alone_it_is_bad_input(tiny: Path):
     assert "out of ideas" in refused("plan", tiny, "--policy", "mybroken_cli:Broken")
 
 
+def test_no_cell_is_cut_on_a_narrow_terminal(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    """Rich takes the terminal from the environment; a row then stands in several tables."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "60")
+    said = re.sub(r"\x1b\[[0-9;]*m", "", llmopt("compare", tiny, "--policies", "jsq", "--seeds", "1").stdout)
+    assert "…" not in said and "USD/M tokens" in said
+    assert len(re.findall("^policy", said, flags=re.M)) == len(re.findall("^jsq", said, flags=re.M)) > 1
+
+
+def test_scenarios_of_one_name_are_refused_before_either_is_played(tiny: Path):
+    assert "share a name (tiny, tiny)" in refused("compare", tiny, tiny, "--report", "r")
+    assert not Path("r").exists()
+
+
+def test_the_cheapest_plan_says_how_many_replicas_it_uses(tiny: Path):
+    """At most those that exist, and the cost is their price: 2 USD/h for a fast one, 1 for a slow one."""
+    said = llmopt("plan", tiny, "--policy", "min-cost").stdout
+    used = {name: float(x) for name, x in re.findall(r"^(fast|slow) +[12] +[\d.]+ +([\d.]+)$", said, flags=re.M)}
+    cost = re.search(r"^cost +([\d.]+)", said, flags=re.M)
+    assert cost is not None and float(cost[1]) == pytest.approx(2 * used["fast"] + used["slow"], rel=0.01)
+    assert used["fast"] + used["slow"] > 0 and used["fast"] <= 2 and used["slow"] <= 1
+
+
 def test_a_policy_module_that_raises_is_bad_input(tiny: Path):
     Path("myraises_cli.py").write_text("raise ValueError('not today')\n")
     message = refused("compare", tiny, "--policies", "myraises_cli:policy")

@@ -121,6 +121,8 @@ def test_own_policy_runs_in_both_evaluators(folder: Path) -> None:
         ("needs_more:x", r"policy module 'needs_more' cannot be imported: .*no_such_package_at_all.*; install it"),
         ("nowhere:x", r"no module 'nowhere' in this folder"),
         ("nowhere.py:x", r"there is no Python file 'nowhere.py'; check the path"),
+        (":ready", "':ready' names no policy; write it like"),
+        ("my_policies:", "'my_policies:' names no policy; write it like"),
         ("my_policies:readyy", r"'my_policies' has no attribute 'readyy'; it has ready"),
         ("my_policies:number", r"'my_policies:number' is of type int; a policy has a name and plan"),
         ("my_policies:needy", r"'my_policies:needy' cannot be made without arguments: TypeError"),

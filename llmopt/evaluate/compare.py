@@ -118,7 +118,7 @@ class _Game:
         """The simulator, once per seed."""
         assert outcome.plan is not None
         if isinstance(outcome.plan.router, Router) and not self.warm:
-            self.tell("compiling the simulator (some seconds, first run only)", 0)
+            self.tell("loading the simulator, which the first run compiles (some seconds)", 0)
             first = next(iter(self.arrivals.values()))
             simulate(self.scenario, outcome.plan, 0, requests=first.head(2))
             self.warm = True
