@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 EXACT = "max-margin"
 """The program that `plan` runs, whose split `stability` assesses and whose critical rate `--load` refers to."""
+MOST_SEEDS = 10_000
+"""More, asked for as a number, are a slip of the hand."""
 
 
 def compare(
@@ -121,4 +123,6 @@ def _seeds(seeds: int | Sequence[int] | None) -> Sequence[int] | None:
         return seeds
     if seeds < 1:
         raise ScenarioError(f"seeds = {seeds} leaves nothing to simulate; give at least 1")
+    if seeds > MOST_SEEDS:
+        raise ScenarioError(f"seeds = {seeds} are more runs than anybody waits for; give at most {MOST_SEEDS}")
     return range(1, seeds + 1)

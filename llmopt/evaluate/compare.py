@@ -11,7 +11,7 @@ import numpy as np
 
 from llmopt.arrays import Floats
 from llmopt.assess import assess
-from llmopt.errors import Infeasible, LLMOptError, PolicyError
+from llmopt.errors import Infeasible, LLMOptError, PolicyError, ScenarioError
 from llmopt.evaluate.comparison import QUANTILES, Comparison, Outcome, Simulated
 from llmopt.evaluate.fluid import evaluate_fluid
 from llmopt.evaluate.margin import ASKED, backlog_growth, long_run, simulated_margin
@@ -28,6 +28,8 @@ Progress = Callable[[int, int, str], None]
 
 POINTS = 241
 """Instants at which a simulated backlog is looked at."""
+MOST_REQUESTS = 50_000_000
+"""Requests of all seeds together: 40 bytes each, and while a run is measured as much again several times."""
 
 
 def compare(
@@ -56,13 +58,17 @@ def compare(
     ------
     PolicyError
         If two policies share a name or none is given.
+    ScenarioError
+        If more requests are asked for than memory holds.
     """
     names = [policy.name for policy in policies]
     if not names:
         raise PolicyError("compare was given no policy; name at least one")
     if len(set(names)) < len(names):
         raise PolicyError(f"compare needs policies with different names, but was given {names}; rename or drop some")
-    chosen = tuple(scenario.evaluation.seeds if seeds is None else seeds)
+    given = scenario.evaluation.seeds if seeds is None else seeds
+    _check_size(scenario, len(given))
+    chosen = tuple(given)
     arrivals = {seed: scenario.workload.sample(scenario.evaluation.horizon, seed) for seed in chosen}
     game = _Game(scenario, arrivals, long_run(scenario, chosen[0]), progress, total=len(policies) * (2 + len(chosen)))
     outcomes = []
@@ -177,6 +183,16 @@ def summarise_runs(scenario: Scenario, seeds: Sequence[int], runs: Sequence[SimR
         tpot=_quantiles([run.tpot[m] for run, m in zip(runs, measured, strict=True)]),
         fractions=realised_split(scenario, runs),
     )
+
+
+def _check_size(scenario: Scenario, seeds: int) -> None:
+    """Refuse more requests than memory holds before they are drawn."""
+    each = scenario.workload.total_rate * scenario.evaluation.horizon
+    if each * seeds > MOST_REQUESTS:
+        raise ScenarioError(
+            f"{scenario.name}: {seeds} x {each:.3g} requests (seeds x rate x horizon) are more than the "
+            f"{MOST_REQUESTS:,} that fit in memory; take fewer seeds, or a lower rate or horizon"
+        )
 
 
 def _quantiles(samples: Sequence[Floats]) -> Floats:
