@@ -303,7 +303,5 @@ def _peaks(pools: tuple[PoolReport, ...]) -> list[str]:
     said = f"Arrivals vary in time: the mean load of pool {worst.pool!r} is {worst.load:.3f}, at the peak it is "
     if worst.peak_load <= 1:
         return [said + f"{worst.peak_load:.3f}, still below 1."]
-    return [
-        said + f"{worst.peak_load:.3f}; above 1 a backlog builds up, which drains after the peak as long as the mean "
-        f"stays below 1."
-    ]
+    after = "drains after the peak" if worst.load < 1 else "never drains, since the mean is not below 1 either"
+    return [said + f"{worst.peak_load:.3f}; above 1 a backlog builds up, which {after}."]

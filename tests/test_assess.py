@@ -117,6 +117,8 @@ def test_peaks_are_told_apart_from_the_mean() -> None:
     assert busy.verdict == "stable"
     assert busy.pools[0].peak_load == pytest.approx(4 * busy.load)
     assert "a backlog builds up, which drains after the peak" in " ".join(busy.sentences)
+    lost = assess(factories.scenario([factories.pool()], arrivals=BURSTS, rate=1.5 * CRITICAL), ONE)
+    assert "a backlog builds up, which never drains" in " ".join(lost.sentences)
 
 
 def test_caveats_of_the_estimate_reach_the_report() -> None:
