@@ -80,7 +80,9 @@ def replicas(m: Any, data: RoutingData) -> Any:
 
     count = dict(zip(data.pools, data.replicas.tolist(), strict=True))
     return pyo.Constraint(
-        data.pools, rule=lambda m, pool: m.used[pool] <= count[pool] * (1 + m.over), doc="replicas that exist"
+        data.pools,
+        rule=lambda m, pool: m.used[pool] <= count[pool] * (1 + m.over),
+        doc="replicas that exist; raise them to ask for more",
     )
 
 

@@ -6,6 +6,7 @@ from it, so that a program and the simulator never see two different workloads.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from functools import cached_property
 from typing import Annotated, Literal
 
@@ -20,7 +21,7 @@ Positive = Annotated[float, Field(gt=0)]
 Pmf = tuple[Ints, Floats]
 
 
-class LawBase(InputModel):
+class LawBase(InputModel, ABC):
     """A law of one length: support and probabilities."""
 
     @cached_property
@@ -30,9 +31,9 @@ class LawBase(InputModel):
         keep = probs > 0
         return values[keep], probs[keep] / probs[keep].sum()
 
+    @abstractmethod
     def masses(self) -> Pmf:
-        """Support and unnormalised masses; each law defines its own."""
-        raise NotImplementedError
+        """Support and unnormalised masses."""
 
     @property
     def mean(self) -> float:
@@ -98,9 +99,9 @@ class Clamped(LawBase):
             raise ValueError(f"has min = {self.min} above max = {self.max}; swap them")
         return self
 
+    @abstractmethod
     def cdf(self, x: Floats) -> Floats:
         """Distribution function of the law before rounding and clamping."""
-        raise NotImplementedError
 
     def masses(self) -> Pmf:
         """Mass of token k is F(k + 1/2) - F(k - 1/2); the ends take the tails. Lengths of no mass are not listed."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -140,11 +139,11 @@ def ask(rule: RouterRule, policy: str, request: Incoming, states: list[ReplicaSt
     except Exception as error:
         what = f"{type(error).__name__}: {error}"
         raise PolicyError(f"policy {policy!r}: its rule raised {what} at request {request.number}; {remedy}") from error
-    try:
-        r = operator.index(choice)
-    except TypeError:
+    # True is an integer to Python, but nobody who returns it means replica 1.
+    if isinstance(choice, bool) or not isinstance(choice, int | np.integer):
         what = f"its rule returned {choice!r}, not an integer,"
-        raise PolicyError(f"policy {policy!r}: {what} at request {request.number}; {remedy}") from None
+        raise PolicyError(f"policy {policy!r}: {what} at request {request.number}; {remedy}")
+    r = int(choice)
     if not 0 <= r < count:
         raise PolicyError(f"policy {policy!r}: its rule returned {r} at request {request.number}; {remedy}")
     return r

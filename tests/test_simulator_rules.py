@@ -58,6 +58,7 @@ def test_a_python_rule_sees_what_a_data_router_sees(core: Any) -> None:
             r"returned 1.5, not an integer, at request 0; return a replica index from 0 to 2",
         ),
         (lambda request, replicas: None, r"returned None, not an integer"),
+        (lambda request, replicas: True, r"returned True, not an integer"),
         (lambda request, replicas: request.number * 3, r"returned 3 at request 1; return a replica index from 0 to 2"),
         (lambda request, replicas: -1, r"returned -1 at request 0"),
         (lambda request, replicas: 2, r"'mine' sent request 1 \(40 tokens\) to a replica whose KV memory it exceeds"),
