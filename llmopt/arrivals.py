@@ -18,6 +18,10 @@ from llmopt.model import InputModel
 Variation = Annotated[float, Field(gt=0, le=100)]
 
 
+SMALLEST = 1e-9
+"""Least positive factor of a profile beside its largest; below it, scaling to a mean of 1 would overflow."""
+
+
 class ArrivalsBase(InputModel):
     """A stationary process; the mean rate comes from the workload."""
 
@@ -83,6 +87,9 @@ class Piecewise(ArrivalsBase):
             raise ValueError(f"has period = {self.period:g}, before the last time {self.times[-1]:g}; make it longer")
         if max(self.factors) == 0:
             raise ValueError("has factors that are all zero; nothing would arrive, so give a positive one")
+        least = min(f for f in self.factors if f > 0)
+        if least < SMALLEST * max(self.factors):
+            raise ValueError(f"has a factor of {least:g} beside one of {max(self.factors):g}; write 0 for none at all")
         return self
 
     @property

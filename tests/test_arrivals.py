@@ -92,7 +92,7 @@ PROCESSES = st.one_of(
             "cv": cv,
             "period": 7.0 * len(f) if period else None,
         },
-        st.lists(st.floats(0.0, 5.0), min_size=1, max_size=5).filter(lambda f: max(f) > 0.01),
+        st.lists(st.just(0.0) | st.floats(1e-6, 5.0), min_size=1, max_size=5).filter(lambda f: max(f) > 0.01),
         st.floats(0, 3),
         st.booleans(),
     ),
@@ -139,3 +139,8 @@ def test_profiles_average_to_one_over_whole_periods(keys: dict[str, Any], horizo
 def test_impossible_processes_are_refused(keys: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         process(**keys)
+
+
+def test_a_factor_that_scaling_would_blow_up_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a factor of 1e-300 beside one of 1; write 0 for none at all"):
+        process(law="piecewise", times=[0.0, 7.0, 14.0], factors=[0.0, 1e-300, 1.0])
