@@ -5,25 +5,22 @@ Exit codes: 0 fine; 1 the answer is no (infeasible, or not stable under --check)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
 from llmopt import __version__
+from llmopt.cli_tools import deliver, json_option, say_written, show
 from llmopt.errors import LLMOptError, ScenarioError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from llmopt.evaluate.comparison import Comparison
     from llmopt.scenario import Scenario
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 NO = 1
-WIDTH = 200
-"""Columns of a table without a terminal; sentences are not wrapped there at all."""
 INTERRUPTED = 130
 
 
@@ -62,11 +59,6 @@ def scenario_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
-
-
-json_option = click.option(
-    "--json", "json_file", metavar="F", help="Write the answer as JSON to F; - for standard output, and nothing else."
-)
 
 
 @main.command()
@@ -186,7 +178,7 @@ def trace(
         from llmopt.text import trace_view
 
         show(trace_view(known))
-    _say_written(written)
+    say_written(written)
 
 
 KINDS: tuple[Literal["svg"], Literal["png"]] = ("svg", "png")
@@ -234,34 +226,6 @@ def parsed_seeds(text: str | None) -> int | list[int] | None:
     return numbers[0] if len(numbers) == 1 and "," not in text else numbers
 
 
-def deliver(json_file: str | None, data: Callable[[], Any]) -> bool:
-    """Write `data` as JSON if asked to; whether a table is wanted on standard output as well."""
-    if json_file is not None:
-        from llmopt.output import to_json, write
-
-        text = to_json(data())
-        if json_file == "-":
-            click.echo(text, nl=False)
-        else:
-            write(json_file, text)
-            _say_written([Path(json_file)])
-    return json_file != "-"
-
-
-def show(parts: Iterable[RenderableType]) -> None:
-    """Print to standard output, as wide as the terminal, or as the tables need without one."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH)
-    from llmopt.text import fitted
-
-    for part in (piece for whole in parts for piece in fitted(whole, console.width)):
-        console.print(part, soft_wrap=not console.is_terminal and isinstance(part, str | Text))
-
-
 def _told_apart(scenarios: list[Scenario]) -> list[Scenario]:
     """The scenarios, refused if two of them would share rows and folders of a report under one name."""
     names = [scenario.name for scenario in scenarios]
@@ -276,7 +240,7 @@ def _write_comparisons(comparisons: Sequence[Comparison], json_file: str | None,
 
         for comparison in comparisons:
             folder = Path(report) if len(comparisons) == 1 else Path(report) / comparison.scenario.name
-            _say_written(write_report(comparison, folder))
+            say_written(write_report(comparison, folder))
     data = [comparison.as_dict() | {"timings": comparison.timings()} for comparison in comparisons]
     deliver(json_file, lambda: data[0] if len(data) == 1 else data)
 
@@ -290,15 +254,6 @@ def _exit_of_comparisons(comparisons: Sequence[Comparison], check: bool) -> None
             raise click.exceptions.Exit(NO if infeasible else LLMOptError.exit_code)
         if check and not comparison.served:
             raise click.exceptions.Exit(NO)
-
-
-def _say_written(paths: Sequence[Path]) -> None:
-    """Name written files on standard error, so that standard output stays the answer."""
-    if len(paths) > 3:
-        click.echo(f"wrote {len(paths)} files into {paths[-1].parent}; open {paths[-1]}", err=True)
-    else:
-        for path in paths:
-            click.echo(f"wrote {path}", err=True)
 
 
 def _mapping(columns: Sequence[str]) -> dict[str, str]:

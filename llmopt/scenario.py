@@ -11,12 +11,13 @@ import json
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, InstanceOf, ValidationError, model_validator
 
 from llmopt.errors import ScenarioError
 from llmopt.explain import explain
 from llmopt.hardware import Piece, StepTime
 from llmopt.model import InputModel, Name
+from llmopt.steptable import StepTable
 from llmopt.workload import Workload
 
 Preemption = Literal["reserve", "lookahead", "recompute", "swap", "restart"]
@@ -38,6 +39,14 @@ class Pool(InputModel):
     first_token: `prefill` as in vLLM, where the last prefill chunk gives the first token, or `decode` as in the
     queueing papers, where it gives none. lookahead_slots: KV slots kept free per sequence beyond the computed
     tokens (vLLM num_lookahead_tokens). catalog: the catalog entry whose constants fill what is not given here.
+
+    host_overhead: seconds that every step takes besides its kernels (scheduler, launches, sampling). async_scheduling:
+    the batch of a step is formed while the step before it runs, as in vLLM since 0.14: it does not yet see what that
+    step frees, nor who arrived during it. prefix_caching: a preempted request finds those of its full blocks that
+    nobody has overwritten (vLLM enable_prefix_caching; prompts share nothing with each other).
+
+    profile: folder of measured tables; then `table` is what the simulator plays, while the theory and the programs
+    still use `step_time`, its max-affine fit.
     """
 
     name: Name
@@ -54,6 +63,11 @@ class Pool(InputModel):
     preemption: Preemption = "recompute"
     first_token: Literal["prefill", "decode"] = "prefill"
     lookahead_slots: Annotated[int, Field(ge=0, le=64)] = 0
+    host_overhead: Annotated[float, Field(ge=0, le=1)] = 0.0
+    async_scheduling: bool = False
+    prefix_caching: bool = False
+    profile: str = ""
+    table: Annotated[InstanceOf[StepTable] | None, Field(exclude=True)] = None
     source: str = ""
     catalog: str = ""
 
@@ -61,14 +75,21 @@ class Pool(InputModel):
     def _can_step(self) -> Pool:
         if self.kv_capacity < self.block_size:
             raise ValueError(f"has kv_capacity = {self.kv_capacity}, below one block of {self.block_size}; raise it")
+        if self.prefix_caching and self.preemption != "recompute":
+            raise ValueError(
+                f"has prefix_caching with preemption = {self.preemption!r}, where nothing is computed twice; "
+                'drop it or set preemption = "recompute"'
+            )
         if self.stepper.coefficients.max() <= 0:
             raise ValueError("has a step_time that is zero for every batch; give at least one positive coefficient")
         return self
 
     @cached_property
     def stepper(self) -> StepTime:
-        """The step time as arrays."""
-        return StepTime.from_pieces(self.step_time)
+        """The max-affine step time as arrays, the host's part in the base of every piece."""
+        pieces = StepTime.from_pieces(self.step_time)
+        pieces.coefficients[:, 0] += self.host_overhead
+        return pieces
 
     @property
     def chunk(self) -> int:
@@ -167,6 +188,9 @@ class Scenario(InputModel):
             arrays += [] if cls.pairs is None else [cls.pairs.prompt, cls.pairs.output]
         for array in arrays:
             sha.update(array.tobytes())
+        for pool in self.pools:
+            if pool.table is not None:
+                sha.update(json.dumps(pool.table.content(), sort_keys=True).encode())
         return sha.hexdigest()[:12]
 
     def replace(self, **updates: Any) -> Scenario:
@@ -201,6 +225,8 @@ class Scenario(InputModel):
         data["workload"]["replay"] = self.workload.replay
         for plain, cls in zip(data["workload"]["classes"], self.workload.classes, strict=True):
             plain["pairs"] = cls.pairs
+        for plain, pool in zip(data["pools"], self.pools, strict=True):
+            plain["table"] = pool.table
         return data
 
 
