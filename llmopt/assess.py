@@ -12,6 +12,7 @@ import numpy as np
 from llmopt.arrays import Floats
 from llmopt.capacity import Capacity, replica_capacity
 from llmopt.errors import ScenarioError
+from llmopt.limits import PoolPhysics, pool_physics
 from llmopt.output import plain
 from llmopt.scenario import Pool, Scenario
 from llmopt.stability import CAPS, PoolRows, stability_rows
@@ -43,7 +44,8 @@ class PoolReport:
     rate: requests/s that it gets on average; rows: loads of the rows (1); outer_load: the largest of them; load:
     estimated load; peak_load: the same at the highest rate of a time-varying workload; replicas_needed: for an
     estimated load of at most `TARGET_LOAD`; capacity: of one replica at its class mix, None if it gets nothing;
-    relief: by how much, relatively, `MORE` times each cap would raise that capacity.
+    relief: by how much, relatively, `MORE` times each cap would raise that capacity; physics: what the peaks of its
+    accelerators say of its step time, None if they are not known.
     """
 
     pool: str
@@ -56,6 +58,7 @@ class PoolReport:
     replicas_needed: int
     capacity: Capacity | None
     relief: Mapping[str, float]
+    physics: PoolPhysics | None = None
 
     @property
     def binds(self) -> str:
@@ -65,9 +68,10 @@ class PoolReport:
 
     @property
     def caveats(self) -> tuple[str, ...]:
-        """What the estimate does not cover, in sentences that name the pool."""
+        """What the estimate does not cover, and steps that no machine can do, in sentences that name the pool."""
         said = self.capacity.caveats if self.capacity else ()
-        return tuple(f"Pool {self.pool!r}: {c[0].lower()}{c[1:]}" for c in said)
+        impossible = (self.physics.sentence,) if self.physics and self.physics.impossible else ()
+        return tuple(f"Pool {self.pool!r}: {c[0].lower()}{c[1:]}" for c in said) + impossible
 
     @property
     def error(self) -> float:
@@ -174,6 +178,7 @@ def _pool_report(scenario: Scenario, pool: Pool, rows: PoolRows, rates: Floats, 
         replicas_needed=_needed(load, pool.replicas),
         capacity=capacity,
         relief=_relief(scenario, pool, rates, capacity.rate) if capacity and capacity.rate > 0 else {},
+        physics=pool_physics(pool),
     )
 
 
@@ -253,7 +258,8 @@ def _sentences(
         )
     said += [s for p in pools for s in _needs(p)]
     said += _peaks(pools)
-    return said + [caveat for p in pools for caveat in p.caveats]
+    said += [caveat for p in pools for caveat in p.caveats]
+    return said + [p.physics.sentence for p in pools if p.physics and not p.physics.impossible]
 
 
 def _verdict_sentence(verdict: Verdict, worst: PoolReport, pools: tuple[PoolReport, ...]) -> str:

@@ -187,7 +187,7 @@ KINDS: tuple[Literal["svg"], Literal["png"]] = ("svg", "png")
 @main.command(name="list")
 @json_option
 def list_command(json_file: str | None) -> None:
-    """Policies, scenarios and hardware, with one line each."""
+    """Policies, scenarios, hardware, models and accelerators, with one line each."""
     from llmopt.describe import catalogue
 
     data = catalogue()

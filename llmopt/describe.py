@@ -49,8 +49,9 @@ def trace_data(trace: Trace) -> dict[str, Any]:
 
 
 def catalogue() -> dict[str, dict[str, str]]:
-    """Policies, scenarios and hardware by name, one line each."""
+    """Policies, scenarios, hardware, models and accelerators by name, one line each."""
     from llmopt.catalog import catalog_entry, catalog_names
+    from llmopt.machines import accelerator, accelerator_names, model_names, model_shape
     from llmopt.reading import bundled_scenarios
     from llmopt.registry import get_policy, policy_names
 
@@ -58,6 +59,8 @@ def catalogue() -> dict[str, dict[str, str]]:
         "policies": {name: first_line(get_policy(name)) for name in policy_names()},
         "scenarios": {name: _question(path.read_text(encoding="utf-8")) for name, path in bundled_scenarios().items()},
         "hardware": {name: catalog_entry(name).description for name in catalog_names()},
+        "models": {name: model_shape(name).summary for name in model_names()},
+        "accelerators": {name: accelerator(name).summary for name in accelerator_names()},
     }
 
 

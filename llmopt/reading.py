@@ -39,7 +39,7 @@ def load_scenario(path: str | Path, trace: str | Path | None = None) -> Scenario
     data.setdefault("name", file.stem)
     pools = data.get("pools")
     if isinstance(pools, list):
-        data["pools"] = [_from_catalog(pool, f"{path}: pools[{i}].catalog") for i, pool in enumerate(pools)]
+        data["pools"] = [_resolved(pool, f"{path}: pools[{i}]") for i, pool in enumerate(pools)]
     if trace is None and not _names_trace(data):
         return Scenario.checked(data, str(path))
     from llmopt.trace_workload import with_trace
@@ -79,12 +79,33 @@ def _names_trace(data: dict[str, Any]) -> bool:
     return isinstance(workload, dict) and "trace" in workload
 
 
-def _from_catalog(pool: Any, where: str) -> Any:
+def _resolved(pool: Any, where: str) -> Any:
+    """The pool with what its catalog entry, or its accelerator and model, say of the keys that it leaves out."""
+    if not isinstance(pool, dict):
+        return pool
+    return _from_machines(_from_catalog(pool, f"{where}.catalog"), where)
+
+
+def _from_catalog(pool: dict[str, Any], where: str) -> dict[str, Any]:
     """The pool with the constants of its catalog entry under its own keys."""
-    if not isinstance(pool, dict) or not isinstance(pool.get("catalog"), str):
+    if not isinstance(pool.get("catalog"), str):
         return pool
     try:
         entry = catalog_entry(pool["catalog"])
     except ScenarioError as error:
         raise ScenarioError(f"{where}: {error}") from None
     return {"source": entry.description} | entry.pool | pool
+
+
+def _from_machines(pool: dict[str, Any], where: str) -> dict[str, Any]:
+    """The pool with a first guess of what its accelerator and model imply, where it gives no such constants."""
+    missing = {"step_time", "kv_capacity"} - set(pool) - ({"step_time"} if pool.get("profile") else set())
+    named = all(isinstance(pool.get(key), str) and pool[key] for key in ("accelerator", "model"))
+    if not missing or not named:
+        return pool
+    from llmopt.machines.guess import first_guess
+
+    try:
+        return first_guess(pool, missing) | pool
+    except ScenarioError as error:
+        raise ScenarioError(f"{where}: {error} (or give {' and '.join(sorted(missing))})") from None

@@ -45,6 +45,10 @@ class Pool(InputModel):
     step frees, nor who arrived during it. prefix_caching: a preempted request finds those of its full blocks that
     nobody has overwritten (vLLM enable_prefix_caching; prompts share nothing with each other).
 
+    accelerator, model, tensor_parallel: what a replica runs on and serves, and over how many accelerators it divides
+    every matrix. Both known to `llmopt.machines`, they fill a step_time and kv_capacity that are not given, and tell
+    what physics allows.
+
     profile: folder of measured tables; then `table` is what the simulator plays, while the theory and the programs
     still use `step_time`, its max-affine fit.
     """
@@ -55,6 +59,7 @@ class Pool(InputModel):
     kv_capacity: Annotated[int, Field(ge=1, le=10_000_000_000)]
     accelerator: str = ""
     model: str = ""
+    tensor_parallel: Annotated[int, Field(ge=1, le=1024)] = 1
     price: Annotated[float, Field(ge=0, le=100_000)] = 0.0
     max_batch: Annotated[int, Field(ge=1, le=1_000_000)] = 256
     token_budget: Annotated[int, Field(ge=1, le=100_000_000)] = 2048

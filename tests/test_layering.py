@@ -34,7 +34,7 @@ LAYERS = (
     ("walk", "bridge_pyomo", "bridge_cvxpy", "cones"),
     ("saturation", "solve"),
     ("waves", "policy"),
-    ("capacity",),
+    ("capacity", "limits"),
     ("assess",),
     ("evaluate",),
     ("calibrate", "runs"),

@@ -1,7 +1,7 @@
 """Peaks of accelerators: memory, bandwidth, dense arithmetic and links, each with its source.
 
-Each accelerator is a TOML file in `llmopt/machines/accelerators`. Data sheets quote arithmetic with 2:4 sparsity where it
-looks better; here it is always dense, since no serving engine multiplies sparse weights.
+Each accelerator is a TOML file in `llmopt/machines/accelerators`. Data sheets like to quote arithmetic with sparsity;
+here it is always dense, since no serving engine multiplies sparse weights.
 """
 
 from __future__ import annotations
@@ -47,14 +47,21 @@ class Accelerator(InputModel):
             raise ValueError(f"has no source for {', '.join(sorted(missing))}; name one")
         return self
 
+    @property
+    def summary(self) -> str:
+        """Memory, bandwidth, dense BF16 peak and link in one line."""
+        memory = f"{self.gigabytes} GB at {self.bandwidth / 1e12:.4g} TB/s"
+        link = f"{self.link} of {self.link_bandwidth / 1e9:.0f} GB/s"
+        return f"{memory}, {self.flops['bf16'] / 1e12:,.4g} TFLOP/s in BF16, {link}"
+
     def peak(self, precision: str) -> float:
         """Dense FLOP/s at which weights of this precision are multiplied.
 
         Where the accelerator has no arithmetic of that precision, and for the four-bit formats in general, weights are
         expanded to half precision first, as the engines' kernels do (weights of four bits, activations of sixteen).
         """
-        by_name: dict[str, float] = {**self.flops}
-        return by_name.get(precision, by_name["bf16"])
+        exact = [flops for name, flops in self.flops.items() if name == precision]
+        return exact[0] if exact else self.flops["bf16"]
 
     def fastest(self, precision: str) -> float:
         """Highest dense FLOP/s at which weights of this precision could possibly be multiplied."""

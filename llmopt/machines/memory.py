@@ -16,11 +16,11 @@ from llmopt.machines.shapes import UNQUANTISED, ModelShape, weight_size
 SAMPLER_BYTES = 38.0
 """Bytes that sampling needs at its peak for one logit: the logits in half and in single precision, and top-p sampling,
 which sorts them with 64-bit indices and scratch space. vLLM logs of 256 sequences say 1.19 GiB for Llama-3.1-8B and
-1.40 GiB for Qwen3-8B, 38.4 and 38.2 bytes; vLLM's pull request 32558 measured 37 for the sort alone. Engines that sample
-without sorting need less than half."""
+1.40 GiB for Qwen3-8B, 38.4 and 38.2 bytes; vLLM's pull request 32558 measured 37 for the sort alone. Sampling without a
+sort needs less than half."""
 ENGINE_BYTES = 80e6
-"""Memory outside of PyTorch, mostly kernels loaded and cuBLAS workspaces: non_torch_memory in four public vLLM logs of one
-GPU is 0.05, 0.06, 0.09 and 0.12 GiB. The CUDA context is not in it: it lies in what the utilisation setting leaves."""
+"""Memory outside of PyTorch, mostly kernels and cuBLAS workspaces: non_torch_memory in four public vLLM logs of one GPU
+is 0.05, 0.06, 0.09 and 0.12 GiB. The CUDA context is not in it: it lies in what the utilisation setting leaves."""
 NCCL_PAIR, NCCL_MANY = 358612992.0, 411041792.0
 """Buffers of the collective library on each GPU of a group of two, and of more: aiconfigurator, nccl_mem in
 systems/*.yaml at 095f58a5; public vLLM logs have 0.2 to 0.25 GiB in all."""
@@ -82,7 +82,7 @@ def kv_capacity(
 ) -> KvCapacity:
     """KV tokens that a replica of `tensor_parallel` GPUs holds.
 
-    floor((utilisation memory - weights - activations - engine - collectives) / bytes per token of one GPU), whole blocks.
+    floor((utilisation memory - weights - activations - engine - collectives) / bytes of a token on one GPU), in blocks.
 
     Parameters
     ----------
@@ -158,6 +158,6 @@ def _widest(shape: ModelShape) -> float:
 def _too_large(shape: ModelShape, accelerator: Accelerator, tensor_parallel: int, parts: tuple[Part, ...]) -> str:
     granted, taken = parts[0].bytes, -sum(part.bytes for part in parts[1:])
     return (
-        f"{shape.name} leaves no KV memory on {tensor_parallel} x {accelerator.name}: weights, activations and engine take "
-        f"{taken / 2**30:.1f} of {granted / 2**30:.1f} GiB of each; raise tensor_parallel or lower the precision"
+        f"{shape.name} leaves no KV memory on {tensor_parallel} x {accelerator.name}: weights, activations and engine "
+        f"take {taken / 2**30:.1f} of {granted / 2**30:.1f} GiB of each; raise tensor_parallel or lower the precision"
     )

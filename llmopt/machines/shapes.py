@@ -48,7 +48,7 @@ class ModelShape(InputModel):
     """Constants of a decoder-only transformer, named as in its config.json where possible.
 
     layers, hidden, heads, kv_heads, head_dim, vocab: as published; head_dim is the width of a query and key head.
-    intermediate: width of a dense feed-forward layer, 0 if every layer has experts; gated: three matrices instead of two.
+    intermediate: width of a dense feed-forward layer, 0 if every layer has experts; gated: three matrices, not two.
     tied: the output head is the embedding. biases: none, of the query, key and value projections, or of everything.
     qk_norm: norms of query and key heads. positions: rows of a learnt position table, 0 for rotary positions.
 
@@ -104,6 +104,17 @@ class ModelShape(InputModel):
         return self
 
     @property
+    def summary(self) -> str:
+        """Size, kind and KV cache in one line."""
+        active = f", {self.active_parameters / 1e9:.3g} active ({self.experts_per_token} of {self.experts} experts)"
+        kind = f"{self.kv_heads} heads" if self.attention == "gqa" else "latent"
+        window = f", {self.window_layers} of them with a window of {self.window}" if self.window_layers else ""
+        return (
+            f"{self.parameters / 1e9:.3g} billion parameters{active if self.experts else ''}, {self.precision}, "
+            f"{self.layers} layers{window}, KV of {self.kv_bytes_per_token() / 1024:,.4g} KiB a token ({kind})"
+        )
+
+    @property
     def expert_layers(self) -> int:
         """Layers with routed experts."""
         return self.layers - self.dense_layers if self.experts else 0
@@ -150,7 +161,7 @@ class ModelShape(InputModel):
 
     @property
     def dense_weights(self) -> int:
-        """Weights of the matrices of the layers that every token meets: attention, dense and shared feed-forward, router."""
+        """Weights of the matrices that every token meets: attention, dense and shared feed-forward, routers."""
         dense = (self.layers - self.expert_layers) * self.ffn_weights(self.intermediate)
         shared = self.expert_layers * self.ffn_weights(self.shared_intermediate)
         return self.layers * self.attention_weights + dense + shared + self.router_weights
