@@ -79,14 +79,13 @@ def read_records(path: Path) -> Records:
         _check_lengths(path, columns[name], name)
     _check_order(path, columns)
     first = float(columns["arrival_time"].min())
-    columns["arrival_time"] += np.min(columns["queued_ts"] - columns["arrival_time"])
-    order = np.argsort(columns["arrival_time"], kind="stable")
-    zero = columns["arrival_time"][order[0]]
+    arrival = columns["arrival_time"] - first
+    zero = np.min(columns["queued_ts"] - arrival)
+    order = np.argsort(arrival, kind="stable")
     prompt, output = (columns[name][order].astype(np.int64) for name in LENGTHS)
-    times = (columns[name][order] - zero for name in TIMES)
-    arrival, queued, scheduled, first_token, finish = times
+    queued, scheduled, first_token, finish = (columns[name][order] - zero for name in ENGINE)
     names = tuple(ids[i] for i in order)
-    return Records(names, prompt, output, arrival, queued, scheduled, first_token, finish, first)
+    return Records(names, prompt, output, arrival[order], queued, scheduled, first_token, finish, first)
 
 
 def read_curves(path: Path, shift: float) -> Curves | None:
