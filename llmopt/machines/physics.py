@@ -137,11 +137,13 @@ def _ratio(shortest: Floats, seconds: Floats) -> Floats:
 def _impossible(features: Floats, seconds: float, shortest: float, limit: Floor, arithmetic: bool) -> str:
     peak = f"{limit.flops / 1e12:,.4g} TFLOP/s" if arithmetic else f"{limit.bandwidth / 1e12:,.4g} TB/s"
     faster = (
-        f"takes {seconds * 1e3:.3g} ms, {shortest / seconds:.2g} times faster"
-        if seconds > 0
-        else "takes no time, faster"
+        f"takes {_time(seconds)}, {shortest / seconds:.2g} times faster" if seconds > 0 else "takes no time, faster"
     )
-    return f"{describe(features)} {faster} than the {shortest * 1e3:.3g} ms that the {peak} of {limit.machine} allow"
+    return f"{describe(features)} {faster} than the {_time(shortest)} that the {peak} of {limit.machine} allow"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
 
 
 def _possible(ratio: Floats, arithmetic: Bools, limit: Floor) -> str:
@@ -176,7 +178,8 @@ def probe(token_budget: int, max_batch: int, kv_capacity: int, chunk: int | None
     chunk
         Most tokens that one prompt prefills in a step.
     """
-    budget, batch = min(token_budget, 65_536), min(max_batch, 4096, kv_capacity)
+    budget = min(token_budget, 65_536)
+    batch = min(max_batch, budget, 4096, kv_capacity)
     sizes = sorted({min(2**k, budget, chunk or budget) for k in range(5, 17)})
     batches = sorted({min(2**k, batch) for k in range(13)})
     contexts = (128.0, 1024.0, 8192.0)
