@@ -7,6 +7,7 @@ read by the simulator at every step. The programs need the max-affine `StepTime`
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -31,13 +32,16 @@ class StepTable:
     mixed(P, 0, 0, .) above its smallest entry, the cost of the launch, is scaled by the pairs, Q/(P^2/2).
 
     Between knots every table is (multi)linear; below the first knot it is constant, above the last it follows the
-    last two knots, and `covers` says so. Tables are seconds for all layers together; axes are increasing.
+    last two knots (never below 0), and `covers` says so. Tables are seconds for all layers together; axes are
+    increasing.
 
     tokens (t,), token_time (t,): dense layers and transfers by tokens of the step. sequences (s,), sequence_time (s,):
     output head and sampler by sequences. decode_batch (n,), decode_context (k,), decode_time (n, k): attention of
     decode-only steps. chunk (c,), cached (h,), mixed_batch (m,), mixed_context (j,), mixed_time (c, h, m, j):
     attention of steps with prefill, where mixed_batch starts with 0, the pure prefill. separate: whether mixed
-    steps were measured, or are the sum of the pure ones. source: where the measurements come from.
+    steps were measured, or are the sum of the pure ones. source: where the measurements come from; notes: what in the
+    table is not measured. limits: where the measurements end on each of the eight axes, in the order of the fields, if
+    the last knots lie beyond them, put there to say how to continue.
     """
 
     tokens: Axis
@@ -54,6 +58,31 @@ class StepTable:
     mixed_time: Floats
     separate: bool = True
     source: str = ""
+    notes: tuple[str, ...] = ()
+    limits: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse arrays that do not belong together, which would interpolate to nonsense in silence."""
+        groups = (self.axes[:1], self.axes[1:2], self.axes[2:4], self.axes[4:])
+        tables = (self.token_time, self.sequence_time, self.decode_time, self.mixed_time)
+        for axes, table in zip(groups, tables, strict=True):
+            if table.shape != tuple(len(axis) for axis in axes):
+                raise ValueError(f"a table of shape {table.shape} has axes of {[len(axis) for axis in axes]} knots")
+            if not all((np.diff(axis) > 0).all() for axis in axes):
+                raise ValueError("the knots of an axis do not increase")
+        if self.limits and len(self.limits) != len(self.axes):
+            raise ValueError(f"{len(self.limits)} limits for {len(self.axes)} axes")
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The eight axes: tokens, sequences, decode batch and context, chunk, cached, mixed batch and context."""
+        alone = (self.tokens, self.sequences, self.decode_batch, self.decode_context)
+        return (*alone, self.chunk, self.cached, self.mixed_batch, self.mixed_context)
+
+    @property
+    def ends(self) -> tuple[float, ...]:
+        """Where the measurements end on each axis."""
+        return self.limits or tuple(float(axis[-1]) for axis in self.axes)
 
     def __call__(self, prefill: float = 0, decode: float = 0, kv: float = 0, pairs: float = 0) -> float:
         """Duration of one step in seconds."""
@@ -64,7 +93,7 @@ class StepTable:
         prefill, decode = features[:, 0], features[:, 1]
         dense = interpolate((self.tokens,), self.token_time, (prefill + decode,))
         heads = interpolate((self.sequences,), self.sequence_time, (decode + (prefill > 0),))
-        return dense + heads + self.attention(features)
+        return np.maximum(dense + heads + self.attention(features), 0.0)
 
     def attention(self, features: Floats) -> Floats:
         """Attention's part of the durations (n,) of steps with `features` of shape (n, 4)."""
@@ -74,13 +103,14 @@ class StepTable:
         return np.where(prefill > 0, self._mixed(features, context), np.where(decode > 0, pure, 0.0))
 
     def covers(self, features: Floats) -> Bools:
-        """Which steps (n,) lie inside the measured ranges, so that nothing was extrapolated beyond a last knot."""
+        """Which steps (n,) lie inside the measured ranges, so that nothing was extrapolated."""
         prefill, decode = features[:, 0], features[:, 1]
         context, mixed = features[:, 2] / np.maximum(decode, 1.0), prefill > 0
-        inside = (prefill + decode <= self.tokens[-1]) & (decode + mixed <= self.sequences[-1])
-        pure = (decode <= self.decode_batch[-1]) & (context <= self.decode_context[-1])
-        joint = (prefill <= self.chunk[-1]) & (_cached(features) <= self.cached[-1])
-        joint &= (decode <= self.mixed_batch[-1]) & (context <= self.mixed_context[-1])
+        tokens, sequences, batch, longest, chunk, cached, mixed_batch, mixed_longest = self.ends
+        inside = (prefill + decode <= tokens) & (decode + mixed <= sequences)
+        pure = (decode <= batch) & (context <= longest)
+        joint = (prefill <= chunk) & (_cached(features) <= cached)
+        joint &= (decode <= mixed_batch) & (context <= mixed_longest)
         measured: Bools = inside & np.where(mixed, joint, pure)
         return measured
 
@@ -94,7 +124,7 @@ class StepTable:
         share = features[:, 3] / np.maximum(0.5 * prefill * prefill, 1e-300)
         return whole - np.where(cached < 0, (1.0 - share) * (alone - self.launch), 0.0)
 
-    @property
+    @cached_property
     def launch(self) -> float:
         """The smallest attention time of a pure prefill, s: what launching the kernels costs."""
         return float(self.mixed_time[:, :, 0, :].min())

@@ -1,0 +1,113 @@
+"""Refusing tables that cannot be measurements: a time that falls clearly where the work grows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from llmopt.arrays import Bools, Floats
+from llmopt.errors import ScenarioError
+from llmopt.profiles.files import Rows
+
+OPERATOR_FALL = 0.3
+"""How far the mean of several runs of an operator may fall behind earlier ones, as a share.
+
+The largest fall that weighs is 13 % in the LLMServingSim profiles of an RTX 4090 and an RTX PRO 6000."""
+SINGLE_FALL = 0.5
+"""The same for single kernel times at the resolution of a microsecond: the largest in Vidur's and Frontier's files is
+42 % (an H100's down projection at 680 tokens)."""
+ATTENTION_FALL = 0.6
+"""The same for attention along each axis: the largest is 55 % (A800, Qwen3-30B-A3B, where small chunks waited for the
+host), and 38 % in LLMServingSim's (RTX PRO 6000, cached context 16384)."""
+QUORUM = 0.2
+"""Which share of the earlier entries attention must fall behind: the same A800 file has three spikes among 19."""
+WEIGHT = 0.05
+"""A fall below this share of all operators of the step is not looked at: kernels that switch with the size make the
+embedding (71 %, but 12 microseconds), activations and norms fall."""
+ANY_FALL = 0.85
+"""A fall beyond this is refused whatever it weighs."""
+
+
+def falls(values: Floats, share: float, quorum: float = 0.0) -> Bools:
+    """Where `values` (n, ...) lie more than `share` below at least two earlier entries along the first axis.
+
+    Two, for one spike upwards is noise of the entry before; where there are but two entries, the one. Of many earlier
+    entries it must be the share `quorum`. NaN is never compared.
+    """
+    known = np.isfinite(values)
+    limit = values / (1.0 - share)
+    least = np.minimum(2, known.sum(axis=0) - 1)
+    out = np.zeros(values.shape, dtype=bool)
+    for i in range(1, len(values)):
+        higher = (known[:i] & (values[:i] > limit[i])).sum(axis=0)
+        out[i] = known[i] & (higher > 0) & (higher >= np.maximum(least, quorum * known[:i].sum(axis=0)))
+    return out
+
+
+def check_operators(
+    rows: Rows, names: Sequence[str], axis: Floats, seconds: Floats, lines: Floats, tolerance: float, unit: str
+) -> None:
+    """Refuse operators whose time (len(axis), len(names)), NaN where not measured, falls clearly.
+
+    lines, of the same shape, says where each time stands in the file.
+
+    Raises
+    ------
+    ScenarioError
+        Naming the file, the row, the operator and the two points.
+    """
+    highest = np.fmax.accumulate(seconds, axis=0)
+    whole = np.nansum(seconds, axis=1, keepdims=True)
+    weighty = (highest - seconds) > WEIGHT * (whole + highest - seconds)
+    bad = (falls(seconds, tolerance) & weighty) | falls(seconds, ANY_FALL)
+    if bad.any():
+        i, j = (int(k) for k in np.argwhere(bad)[0])
+        peak = int(np.nanargmax(seconds[:i, j]))
+        now, then = _time(seconds[i, j]), _time(seconds[peak, j])
+        raise ScenarioError(
+            f"{_place(rows, lines[i, j])}: {names[j]} takes {now} at {axis[i]:g} {unit} but {then} at {axis[peak]:g}, "
+            f"a fall beyond measurement noise ({tolerance:.0%}); measure it again"
+        )
+
+
+def check_grid(
+    rows: Rows,
+    what: str,
+    axes: Sequence[Floats],
+    names: Sequence[str],
+    seconds: Floats,
+    lines: Floats,
+    tolerance: float,
+) -> None:
+    """Refuse attention, or whatever `what` says, whose time falls clearly along an axis.
+
+    seconds, lines: one entry for each combination of `axes`, NaN where not measured, and where it stands in the file.
+
+    Raises
+    ------
+    ScenarioError
+        Naming the file, the row and the two points.
+    """
+    for d, axis in enumerate(axes):
+        values = np.moveaxis(seconds, d, 0)
+        bad = falls(values, tolerance, QUORUM)
+        if bad.any():
+            i, *rest = (int(k) for k in np.argwhere(bad)[0])
+            series = values.reshape(len(values), -1)[:, np.ravel_multi_index(rest, values.shape[1:])]
+            peak = int(np.nanargmax(series[:i]))
+            others = [k for k in range(len(axes)) if k != d]
+            at = ", ".join(f"{names[k]} {axes[k][r]:g}" for k, r in zip(others, rest, strict=True))
+            raise ScenarioError(
+                f"{_place(rows, np.moveaxis(lines, d, 0)[(i, *rest)])}: {what} at {at + ', ' if at else ''}{names[d]} "
+                f"{axis[i]:g} takes {_time(series[i])} but {_time(series[peak])} at {names[d]} {axis[peak]:g}, a fall "
+                f"beyond measurement noise ({tolerance:.0%}); measure it again"
+            )
+
+
+def _place(rows: Rows, line: float) -> str:
+    return f"{rows.path}: {rows.unit} {int(line)}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:.4g} us" if seconds < 1e-3 else f"{seconds * 1e3:.4g} ms"
