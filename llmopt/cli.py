@@ -13,6 +13,7 @@ import click
 
 from llmopt import __version__
 from llmopt.cli_tools import deliver, json_option, say_written, show
+from llmopt.cli_validate import validate
 from llmopt.errors import LLMOptError, ScenarioError
 
 if TYPE_CHECKING:
@@ -195,6 +196,9 @@ def list_command(json_file: str | None) -> None:
         from llmopt.text import catalogue_view
 
         show(catalogue_view(data))
+
+
+main.add_command(validate)
 
 
 def prepared(source: str, trace: str | None, rate: float | None, load: float | None) -> Scenario:

@@ -42,7 +42,7 @@ LAYERS = (
     ("api", "text", "plot"),
     ("page", "describe"),
     ("cli_tools",),
-    ("cli_fidelity",),
+    ("cli_calibrate", "cli_validate"),
     ("cli",),
     ("__main__",),
 )
