@@ -36,8 +36,8 @@ def first_guess(pool: Mapping[str, Any], missing: set[str]) -> dict[str, Any]:
         pieces = roofline(shape, chip, tensor_parallel=degree)
         filled["step_time"] = [piece.model_dump() for piece in pieces]
         said.append(
-            f"roofline of {degree} x {chip.name} at {COMPUTE_EFFICIENCY:.0%} of its peak and "
-            f"{BANDWIDTH_EFFICIENCY:.0%} of its memory bandwidth, not measured"
+            f"roofline of {degree} x {chip.name} at {COMPUTE_EFFICIENCY:.1%} of its peak and "
+            f"{BANDWIDTH_EFFICIENCY:.1%} of its memory bandwidth, not measured"
         )
     if "kv_capacity" in missing:
         filled["kv_capacity"] = kv_capacity(
