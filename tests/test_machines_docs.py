@@ -58,7 +58,7 @@ def test_the_table_of_accelerators_is_the_catalog() -> None:
     rows = [[cell.split(", ") for cell in row] for row in table("accelerator")]
     seen = set()
     for names, memory, bandwidth, bf16, fp8, link in rows:
-        chips = [accelerator(name if "GB" not in name or " " in name else f"A100 SXM {name}") for name in names]
+        chips = [accelerator(f"A100 SXM {name}" if re.fullmatch(r"\d+GB", name) else name) for name in names]
         for chip, size, rate, width in zip(chips, memory * 2, bandwidth * 2, link * 2, strict=False):
             seen.add(chip.name)
             assert chip.gigabytes == int(size)
