@@ -1,0 +1,1 @@
+"""Calibration: step times of the programs, fitted to measured profiles or to benchmark logs."""
