@@ -37,7 +37,8 @@ def pool_physics(pool: Pool) -> PoolPhysics | None:
         shape, chip = model_shape(pool.model), accelerator(pool.accelerator)
     except ScenarioError:
         return None
-    limit = floor(shape, chip, tensor_parallel=pool.tensor_parallel)
+    # A pool does not say how its KV cache is stored; one byte a number is the least that engines offer.
+    limit = floor(shape, chip, tensor_parallel=pool.tensor_parallel, kv_precision="fp8")
     steps = probe(pool.token_budget, pool.max_batch, pool.kv_capacity, pool.chunk)
     found = violations(pool.table or pool.stepper, limit, steps)
     said = f"Pool {pool.name!r}: {found.sentence}"
