@@ -1,4 +1,4 @@
-"""Reading a scenario file: TOML, bundled names, catalog entries, a trace; every refusal is one sentence."""
+"""Reading a scenario file: TOML, bundled names, catalog entries, profiles, a trace; every refusal is one sentence."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def load_scenario(path: str | Path, trace: str | Path | None = None) -> Scenario
     data.setdefault("name", file.stem)
     pools = data.get("pools")
     if isinstance(pools, list):
-        data["pools"] = [_resolved(pool, f"{path}: pools[{i}]") for i, pool in enumerate(pools)]
+        data["pools"] = [_resolved(pool, f"{path}: pools[{i}]", file.parent) for i, pool in enumerate(pools)]
     if trace is None and not _names_trace(data):
         return Scenario.checked(data, str(path))
     from llmopt.trace_workload import with_trace
@@ -79,11 +79,11 @@ def _names_trace(data: dict[str, Any]) -> bool:
     return isinstance(workload, dict) and "trace" in workload
 
 
-def _resolved(pool: Any, where: str) -> Any:
-    """The pool with what its catalog entry, or its accelerator and model, say of the keys that it leaves out."""
+def _resolved(pool: Any, where: str, folder: Path) -> Any:
+    """The pool with what its catalog entry, its profile, or its accelerator and model say of the keys it leaves out."""
     if not isinstance(pool, dict):
         return pool
-    return _from_machines(_from_catalog(pool, f"{where}.catalog"), where)
+    return _with_profile(_from_machines(_from_catalog(pool, f"{where}.catalog"), where), where, folder)
 
 
 def _from_catalog(pool: dict[str, Any], where: str) -> dict[str, Any]:
@@ -109,3 +109,26 @@ def _from_machines(pool: dict[str, Any], where: str) -> dict[str, Any]:
         return first_guess(pool, missing) | pool
     except ScenarioError as error:
         raise ScenarioError(f"{where}: {error} (or give {' and '.join(sorted(missing))})") from None
+
+
+def _with_profile(pool: dict[str, Any], where: str, folder: Path) -> dict[str, Any]:
+    """The pool with the step table of its profile, a folder named relative to the scenario file's."""
+    profile, degree = pool.get("profile"), pool.get("tensor_parallel", 1)
+    if not isinstance(profile, str) or not profile or not isinstance(degree, int) or degree < 1:
+        return pool
+    where = f"{where} ({pool['name']!r})" if isinstance(pool.get("name"), str) else where
+    for key in ("accelerator", "model"):
+        if not isinstance(pool.get(key), str) or not pool[key]:
+            raise ScenarioError(f"{where}: has a profile but no {key}, which chooses among its tables; add {key}")
+    if "step_time" not in pool:
+        raise ScenarioError(
+            f"{where}: has a profile but no step_time, which the theory and the programs use; fit one with "
+            f"llmopt calibrate {profile}, or name a catalog entry"
+        )
+    from llmopt.profiles import load_step_table
+
+    try:
+        table = load_step_table(folder / profile, pool["accelerator"], pool["model"], tensor_parallel=degree)
+    except ScenarioError as error:
+        raise ScenarioError(f"{where}.profile: {error}") from None
+    return pool | {"table": table}

@@ -15,6 +15,7 @@ import numpy as np
 from llmopt.arrays import Bools, Floats
 from llmopt.errors import ScenarioError
 from llmopt.machines import ModelShape
+from llmopt.profiles.checks import QUORUM
 from llmopt.profiles.data import Curve, Grid, Profile
 from llmopt.profiles.files import Rows, need, read_rows, sizes, times, words
 from llmopt.profiles.grids import behind_context, full, pivot
@@ -119,7 +120,7 @@ def _of_heads(rows: Rows, shape: ModelShape, tensor_parallel: int) -> Rows:
 def _attention(rows: Rows, columns: dict[str, float]) -> tuple[tuple[Floats, ...], Floats]:
     seconds = times(rows, "latency") * MILLI
     values = {name: sizes(rows, name) + shift for name, shift in columns.items()}
-    return attention_table(rows, np.ones(len(seconds), dtype=bool), values, seconds)
+    return attention_table(rows, np.ones(len(seconds), dtype=bool), values, seconds, quorum=QUORUM)
 
 
 def _with_experts(profile: Profile, rows: Rows, shape: ModelShape, expert_parallel: int) -> Profile:

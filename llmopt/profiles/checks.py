@@ -21,7 +21,7 @@ ATTENTION_FALL = 0.6
 """The same for attention along each axis: the largest is 55 % (A800, Qwen3-30B-A3B, where small chunks waited for the
 host), and 38 % in LLMServingSim's (RTX PRO 6000, cached context 16384)."""
 QUORUM = 0.2
-"""Which share of the earlier entries attention must fall behind: the same A800 file has three spikes among 19."""
+"""Which share of the earlier entries single times of attention must fall behind: that file has 3 spikes in 19."""
 WEIGHT = 0.05
 """A fall below this share of all operators of the step is not looked at: kernels that switch with the size make the
 embedding (71 %, but 12 microseconds), activations and norms fall."""
@@ -30,18 +30,29 @@ ANY_FALL = 0.85
 
 
 def falls(values: Floats, share: float, quorum: float = 0.0) -> Bools:
-    """Where `values` (n, ...) lie more than `share` below at least two earlier entries along the first axis.
+    """Where `values` (n, ...) fall more than `share` behind earlier entries along the first axis.
 
-    Two, for one spike upwards is noise of the entry before; where there are but two entries, the one. Of many earlier
-    entries it must be the share `quorum`. NaN is never compared.
+    Two earlier entries must be higher, for a single one may be a spike; it is none, so that one is enough, if it stands
+    right before and the next entry reaches it again, or there is no next one. With a `quorum`, that share of the
+    earlier entries must be higher. NaN is never compared.
     """
     known = np.isfinite(values)
     limit = values / (1.0 - share)
-    least = np.minimum(2, known.sum(axis=0) - 1)
+    before, after = _before(values), _before(values[::-1])[::-1]
     out = np.zeros(values.shape, dtype=bool)
     for i in range(1, len(values)):
         higher = (known[:i] & (values[:i] > limit[i])).sum(axis=0)
-        out[i] = known[i] & (higher > 0) & (higher >= np.maximum(least, quorum * known[:i].sum(axis=0)))
+        dip = (before[i] > limit[i]) & ~(after[i] < before[i])
+        enough = np.where(dip, 1, 2) if quorum == 0.0 else np.maximum(2, quorum * known[:i].sum(axis=0))
+        out[i] = known[i] & (higher >= enough)
+    return out
+
+
+def _before(values: Floats) -> Floats:
+    """The last known entry before each along the first axis, NaN where there is none."""
+    out = np.full(values.shape, np.nan)
+    for i in range(1, len(values)):
+        out[i] = np.where(np.isfinite(values[i - 1]), values[i - 1], out[i - 1])
     return out
 
 
@@ -78,7 +89,7 @@ def check_grid(
     names: Sequence[str],
     seconds: Floats,
     lines: Floats,
-    tolerance: float,
+    quorum: float,
 ) -> None:
     """Refuse attention, or whatever `what` says, whose time falls clearly along an axis.
 
@@ -91,7 +102,7 @@ def check_grid(
     """
     for d, axis in enumerate(axes):
         values = np.moveaxis(seconds, d, 0)
-        bad = falls(values, tolerance, QUORUM)
+        bad = falls(values, ATTENTION_FALL, quorum)
         if bad.any():
             i, *rest = (int(k) for k in np.argwhere(bad)[0])
             series = values.reshape(len(values), -1)[:, np.ravel_multi_index(rest, values.shape[1:])]
@@ -101,7 +112,7 @@ def check_grid(
             raise ScenarioError(
                 f"{_place(rows, np.moveaxis(lines, d, 0)[(i, *rest)])}: {what} at {at + ', ' if at else ''}{names[d]} "
                 f"{axis[i]:g} takes {_time(series[i])} but {_time(series[peak])} at {names[d]} {axis[peak]:g}, a fall "
-                f"beyond measurement noise ({tolerance:.0%}); measure it again"
+                f"beyond measurement noise ({ATTENTION_FALL:.0%}); measure it again"
             )
 
 

@@ -69,7 +69,7 @@ def compose(profile: Profile, shape: ModelShape, link: Accelerator | None = None
         mixed_time=mixed_time,
         separate=profile.mixed is not None,
         source=f"{profile.name}, {profile.layout}: {', '.join(Path(name).name for name in profile.files)}",
-        notes=tuple(_notes(whole, note, decode, mixed)),
+        notes=tuple(_notes(whole, shape.window_layers, note, decode, mixed)),
         limits=limits,
     )
 
@@ -188,7 +188,7 @@ def _attention(profile: Profile, shape: ModelShape) -> tuple[Grid, Grid]:
     return every, Grid(added, shape.layers * table, prefill.filled, prefill.extended, ends)
 
 
-def _notes(profile: Profile, transfer_note: str, decode: Grid, mixed: Grid) -> Iterator[str]:
+def _notes(profile: Profile, windowed: int, transfer_note: str, decode: Grid, mixed: Grid) -> Iterator[str]:
     yield from profile.notes
     if transfer_note:
         yield transfer_note
@@ -198,5 +198,7 @@ def _notes(profile: Profile, transfer_note: str, decode: Grid, mixed: Grid) -> I
                 f"attention, {name}: {grid.filled:.0%} of the grid interpolated between measurements, "
                 f"{grid.extended:.0%} extrapolated"
             )
+    if windowed:
+        yield f"attention: {windowed} layers have a window, but count like those that see the whole context"
     if profile.mixed is None:
         yield "attention, mixed: not measured, the sum of prefill and decode"

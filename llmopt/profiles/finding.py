@@ -36,7 +36,10 @@ ASSUMED = "bf16"
 
 @dataclass(frozen=True)
 class Found:
-    """One file: its layout, what it holds, and of what; tensor_parallel 0 if the file holds several degrees."""
+    """One file: its layout, what it holds, and of what.
+
+    tensor_parallel is 0 if the file holds several degrees; precision may be a variant such as ``bf16-kvfp8``.
+    """
 
     path: Path
     layout: str
@@ -59,14 +62,19 @@ def profile_files(paths: Iterable[str | Path]) -> list[Found]:
     Raises
     ------
     ScenarioError
-        If a path does not exist.
+        If a path does not exist, or a file is no profile by its name.
     """
     out = []
     for given in map(Path, paths):
         if not given.exists():
             raise ScenarioError(f"{given}: no such folder of profiles; check the path")
         inside = sorted(p for p in given.rglob("*") if p.is_file()) if given.is_dir() else [given]
-        out += [found for path in inside if (found := recognise(path)) is not None]
+        known = [found for path in inside if (found := recognise(path)) is not None]
+        if given.is_file() and not known:
+            raise ScenarioError(
+                f"{given}: is no profile in any layout that is read; see docs/profiles.md for their names"
+            )
+        out += known
     return out
 
 
@@ -94,8 +102,8 @@ def _system(path: Path) -> Found | None:
 def _table(path: Path) -> Found | None:
     parents = [parent.name for parent in path.resolve().parents]
     if path.stem in BUNDLE and len(parents) > 4 and re.fullmatch(r"tp\d+", parents[0]):
-        degree, precision = int(parents[0][2:]), precision_of(parents[1]) or parents[1]
-        return Found(path, _layout(path), path.stem, parents[4], parents[2], degree, precision)
+        degree, variant = int(parents[0][2:]), parents[1].lower()
+        return Found(path, _layout(path), path.stem, parents[4], parents[2], degree, variant)
     if match := NODE.fullmatch(path.stem):
         return Found(path, NETWORK, _collective(match["kind"]), match["node"].split("_")[0])
     if path.stem in ("allreduce", "all_reduce", "send_recv") and parents:
@@ -149,6 +157,15 @@ class Wanted:
         """Whether the file is of the wanted accelerator and model."""
         return self.is_on(found) and (not self.model or same_model(self.model, found.model))
 
+    def is_in(self, found: Found) -> bool:
+        """Whether the file is in the wanted precision, whatever that of the KV cache."""
+        return found.precision == self.precision or same_precision(stated(found.precision), self.precision)
+
+
+def stated(variant: str) -> str:
+    """The precision of the weights that a variant states, or the variant itself."""
+    return precision_of(variant) or variant
+
 
 def choose(files: Sequence[Found], wanted: Wanted, where: str) -> list[Found]:
     """The files of the one profile of what is wanted.
@@ -186,7 +203,7 @@ def _of_precision(files: list[Found], wanted: Wanted, where: str) -> list[Found]
             names = " and ".join(known)
             raise ScenarioError(f"{where}: profiles {wanted} in {names}; name the precision")
         return files
-    right = [f for f in files if f.layout == AICONFIGURATOR or same_precision(f.precision, wanted.precision)]
+    right = [f for f in files if f.layout == AICONFIGURATOR or wanted.is_in(f)]
     if not right:
         raise ScenarioError(
             f"{where}: profiles {wanted} in {', '.join(known)}, not in {wanted.precision}; measure it, or ask for "

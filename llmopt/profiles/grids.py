@@ -141,8 +141,9 @@ def behind_context(axes: tuple[Floats, ...], table: Floats) -> Grid:
     """A full grid of prefill attention over (chunk, cached context), of which long contexts are known for small chunks.
 
     Attention behind cached context reads one key more per query for each cached token: beyond the measured contexts of
-    a chunk its time grows by chunk x rate per cached token, with the rate of that chunk if its contexts reach half the
-    axis, else of the nearest chunk whose do; if there is none, the seconds per pair of the largest fresh chunk.
+    a chunk its time grows by chunk x rate per cached token, with the rate of that chunk if its contexts reach half its
+    own length or half the axis, else of the nearest chunk whose do; if there is none, the seconds per pair of the
+    largest fresh chunk.
     """
     ends = tuple(float(axis[-1]) for axis in axes)
     if len(axes[1]) == 1:
@@ -169,7 +170,8 @@ def _rates(chunk: Floats, cached: Floats, seconds: Floats) -> Floats:
     own = np.full(len(chunk), np.nan)
     for i in range(len(chunk)):
         at = np.flatnonzero(known[i])
-        if len(at) > 1 and cached[at[-1]] - cached[at[0]] >= 0.5 * (cached[-1] - cached[0]):
+        span = cached[at[-1]] - cached[at[0]] if len(at) > 1 else 0.0
+        if span > 0 and span >= 0.5 * min(chunk[i], cached[-1] - cached[0]):
             rise = (seconds[i, at[-1]] - seconds[i, at[0]]) / (cached[at[-1]] - cached[at[0]])
             own[i] = max(0.0, rise) / chunk[i]
     have = np.isfinite(own)

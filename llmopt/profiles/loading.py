@@ -22,6 +22,7 @@ from llmopt.profiles.finding import (
     Wanted,
     choose,
     profile_files,
+    stated,
 )
 from llmopt.profiles.servingsim import read_servingsim
 from llmopt.profiles.transfers import read_hardware, read_network
@@ -117,7 +118,7 @@ def _read(paths: Sequence[str | Path], wanted: Wanted, where: str, expert_parall
         accelerator=wanted.accelerator or first.accelerator,
         model=wanted.model or first.model,
         tensor_parallel=first.tensor_parallel or wanted.tensor_parallel or _single_degree(kinds),
-        precision=first.precision or wanted.precision or "bf16",
+        precision=stated(first.precision) or wanted.precision or "bf16",
         layout=first.layout,
     )
     profile = _READERS[first.layout](kinds, empty, expert_parallel)

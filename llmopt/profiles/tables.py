@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from llmopt.arrays import Bools, Floats
-from llmopt.profiles.checks import ATTENTION_FALL, check_grid, check_operators
+from llmopt.profiles.checks import check_grid, check_operators
 from llmopt.profiles.data import Curve
 from llmopt.profiles.files import Rows
 from llmopt.profiles.grids import pivot
@@ -32,14 +32,15 @@ def attention_table(
     seconds: Floats,
     what: str = "attention",
     checked: Floats | None = None,
+    quorum: float = 0.0,
 ) -> tuple[tuple[Floats, ...], Floats]:
     """Axes and table, NaN in the holes, of the rows for which `keep` holds, against `columns` by their names.
 
-    What must not fall is `checked`, by default the seconds themselves.
+    What must not fall (see `llmopt.profiles.checks.falls`) is `checked`, by default the seconds themselves.
     """
     chosen = [column[keep] for column in columns.values()]
     axes, table = pivot(chosen, seconds[keep])
     _, lines = pivot(chosen, rows.line[keep].astype(float))
     kernel = table if checked is None else pivot(chosen, checked[keep])[1]
-    check_grid(rows, what, axes, list(columns), kernel, lines, ATTENTION_FALL)
+    check_grid(rows, what, axes, list(columns), kernel, lines, quorum)
     return axes, table

@@ -14,7 +14,7 @@ import numpy as np
 
 from llmopt.arrays import Floats
 from llmopt.errors import ScenarioError
-from llmopt.profiles.checks import SINGLE_FALL
+from llmopt.profiles.checks import QUORUM, SINGLE_FALL
 from llmopt.profiles.data import Curve, Grid, Profile
 from llmopt.profiles.files import Rows, flags, need, numbers, one_value, read_rows, sizes, times, words
 from llmopt.profiles.grids import behind_context, full, pivot
@@ -162,11 +162,12 @@ def _attention(rows: Rows, kernel: str, batch: str) -> Grid:
     """One attention kernel with what runs around it, against (chunk, cached) or (sequences, context)."""
     if len(rows.line) == 0:
         raise ScenarioError(f"{rows.path}: has no rows of {kernel} alone; measure them")
+    need(rows, [median(kernel)])
     _repeats(rows, [median(kernel)])
     seconds = times(rows, median(kernel)) * MILLI
     columns = {batch: sizes(rows, batch, 1), "kv_cache_size": sizes(rows, "kv_cache_size")}
     every = np.ones(len(seconds), dtype=bool)
-    axes, table = attention_table(rows, every, columns, seconds + _around(rows), checked=seconds)
+    axes, table = attention_table(rows, every, columns, seconds + _around(rows), checked=seconds, quorum=QUORUM)
     return behind_context(axes, table) if kernel == "attn_prefill" else full(axes, table, (1, 0))
 
 
