@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 from llmopt.errors import ScenarioError
 from llmopt.evaluate.run import SimRun
 from llmopt.runs import read_run
+from llmopt.steptable import StepTable
 from llmopt.validation import Validation, validate
 from llmopt.validation.accuracy import STATISTICS, agreement, relative_errors, summary
+from llmopt.validation.fitting import met_steps
 from llmopt.validation.overhead import slope
 from llmopt.validation.replay import play, recorded_scenario, states_at
 from tests import recorded
@@ -139,6 +142,39 @@ def test_recorded_curves_of_the_simulators_own_state_agree(folder: Path, run: Si
     exact, off = judged(folder, host_overhead=HOST), judged(folder, host_overhead=0.02)
     assert exact.curve_errors == {"running": pytest.approx(0, abs=0.01), "waiting": pytest.approx(0, abs=0.01)}
     assert off.curve_errors["waiting"] > 0.1
+
+
+def affine_table() -> StepTable:
+    """A table of 5 ms, 30 us a token and 20 ns a KV token read by decode, which one affine piece describes exactly."""
+    table = recorded.small_table()
+    n, k = np.meshgrid(table.mixed_batch, table.mixed_context, indexing="ij")
+    return replace(
+        table,
+        token_time=0.005 + 3e-5 * table.tokens,
+        sequence_time=np.zeros(2),
+        decode_time=2e-8 * np.outer(table.decode_batch, table.decode_context),
+        mixed_time=np.broadcast_to(2e-8 * n * k, table.mixed_time.shape),
+    )
+
+
+def test_max_affine_pieces_of_an_affine_table_play_like_the_table(tmp_path: Path):
+    table = affine_table()
+    sim = recorded.played(recorded.engine(HOST, table=table), recorded.requests())
+    folder = recorded.write_run(tmp_path / "RTX4090_a", recorded.lines(sim), recorded.settings())
+    answer = validate(folder, table, step_time="max-affine", host_overhead=HOST)
+    assert answer.scenario.pools[0].table is None and answer.largest_error < 1e-4
+
+
+def test_steps_of_a_load_hold_every_prompt_once_and_only_batches_that_were_met():
+    scenario = recorded.engine(HOST, kv_capacity=160_000)
+    sim = recorded.played(scenario, recorded.requests(rate=3.0))
+    steps, prompt = met_steps(scenario, sim), sim.requests.prompt
+    mixed = steps[:, 0] > 0
+    assert steps[mixed, 0].sum() == sim.replicas.prefill_tokens[0] == prompt.sum()
+    assert steps[:, 3].sum() == (prompt**2 / 2).sum()
+    context = steps[~mixed, 2] / steps[~mixed, 1]
+    assert context.min() >= prompt.min() and context.max() <= (prompt + sim.requests.output).max()
+    assert steps[:, 1].max() <= 64 and (steps[~mixed, 1] >= 1).all()
 
 
 def test_statistics_and_errors_by_hand():

@@ -60,6 +60,20 @@ def test_the_max_affine_fit_predicts_the_real_runs(shared: Path, name: str):
     assert answer.largest_error < 0.10
 
 
+def test_the_documents_print_these_errors(shared: Path):
+    text = (Path(__file__).parents[1] / "docs/validation.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "| table |" in line]
+    printed = {(i // 3, row[2].split()[-1]): row for i, row in enumerate(rows)}
+    for i, name in enumerate(RUNS):
+        for choice in ("common", "fit"):
+            answer, row = judged(shared, name, host_overhead=choice), printed[i, f"({choice})"]
+            shown = [float(x) for cell in row[3:6] for x in cell.split()]
+            assert shown == pytest.approx(100 * answer.errors, abs=0.3)
+            assert [float(x) for x in row[6:]] == pytest.approx(
+                [100 * answer.mean_absolute_error, 100 * answer.largest_error], abs=0.3
+            )
+
+
 def test_the_curves_of_the_real_runs_are_met(shared: Path):
     for name in RUNS:
         answer = judged(shared, name)

@@ -1,7 +1,8 @@
-"""The max-affine step time of a table, fitted where the replay of a run goes.
+"""The max-affine step time of a table, fitted where a load takes it.
 
-A few affine pieces cannot follow a table everywhere; they need to follow it in the steps that the engine makes. Which
-these are follows from the arrivals, the lengths and the table, and needs nothing that was measured in the run.
+A few affine pieces cannot follow a table everywhere: a decode sequence may cost twice as much beside prefill as
+without, and no maximum of affine functions jumps between the two. They need to follow it in the steps that the engine
+makes. Which these are follows from the arrivals, the lengths and the table; nothing that was measured in a run is used.
 """
 
 from __future__ import annotations
@@ -21,7 +22,21 @@ LOOKS = 200
 
 
 def fitted_pieces(run: EngineRun, pool: Pool) -> tuple[Piece, ...]:
-    """One decode-only and two mixed pieces that follow the pool's table in the steps which the run makes of it.
+    """Pieces that follow the pool's table in the steps which the replay of the run makes of it.
+
+    Raises
+    ------
+    SolveError
+        If the fit finds no solution.
+    """
+    scenario = recorded_scenario(run, pool.model_copy(update={"host_overhead": HOST_OVERHEAD}))
+    return pieces_met(scenario, play(scenario))
+
+
+def pieces_met(scenario: Scenario, sim: SimRun) -> tuple[Piece, ...]:
+    """One decode-only and two mixed pieces that follow the table of a scenario's pool in the steps of a simulated run.
+
+    The table's seconds are fitted without the host overhead, which a pool adds by itself.
 
     Raises
     ------
@@ -30,13 +45,12 @@ def fitted_pieces(run: EngineRun, pool: Pool) -> tuple[Piece, ...]:
     """
     from llmopt.calibrate.fit import FitOptions, fit_step_time
 
-    assert pool.table is not None
-    scenario = recorded_scenario(run, pool.model_copy(update={"host_overhead": HOST_OVERHEAD}))
-    sim = play(scenario)
+    table = scenario.pools[0].table
+    assert table is not None
     features = met_steps(scenario, sim)
-    seconds = pool.table.many(features)
+    seconds = table.many(features)
     weights = _weights(features, seconds, float(sim.replicas.busy.sum()))
-    quick = FitOptions(kicks=0, random_starts=0)
+    quick = FitOptions(kicks=0)
     return fit_step_time(features, seconds, weights=weights, options=quick).pieces
 
 

@@ -90,7 +90,11 @@ def validate(
 def _overhead(run: EngineRun, engine: Engine, choice: Overhead, first: int) -> tuple[float, str, Estimate | None]:
     """The overhead in seconds, why it has this value, and the estimate if it is one."""
     if choice == "common":
-        return HOST_OVERHEAD, "one constant for all machines, the best one over the recorded runs at hand", None
+        return (
+            HOST_OVERHEAD,
+            "one constant for all machines, between what the two recorded runs at hand name for theirs",
+            None,
+        )
     if choice == "fit":
         estimate = estimate_overhead(run, engine.pool, first)
         how = "slope of the delays of decode spans" if estimate.sloped else "median delay a step of decode spans"
