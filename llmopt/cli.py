@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -172,7 +172,8 @@ def trace(
         write_trace(known, target)
     written = [Path(target)] if target else []
     if report:
-        from llmopt.plot import draw, trace_figure
+        from llmopt.drawing import KINDS, draw
+        from llmopt.plot import trace_figure
 
         written += [write(Path(report) / f"trace.{kind}", draw(trace_figure, known, kind=kind)) for kind in KINDS]
     if deliver(json_file, lambda: trace_data(known)):
@@ -180,9 +181,6 @@ def trace(
 
         show(trace_view(known))
     say_written(written)
-
-
-KINDS: tuple[Literal["svg"], Literal["png"]] = ("svg", "png")
 
 
 @main.command(name="list")

@@ -11,7 +11,8 @@ from llmopt.evaluate.comparison import Comparison, Outcome
 from llmopt.evaluate.report import Estimate
 from llmopt.output import to_json, write
 from llmopt.plot import VERDICT_COLOURS, comparison_pictures
-from llmopt.text import headline, margin_text, number
+from llmopt.tables import number
+from llmopt.text import headline, margin_text
 
 CAPTIONS = {
     "backlog": "Requests waiting over time. Filled: simulated, mean over seeds. Dashed: fluid model.",

@@ -5,14 +5,12 @@ Figures are built without pyplot, so that nothing global changes, and the same d
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmopt.arrays import Floats
+from llmopt.drawing import PALETTE, Kind, draw, figure_of
 from llmopt.evaluate.comparison import QUANTILES, Comparison, Outcome
 
 if TYPE_CHECKING:
@@ -21,35 +19,14 @@ if TYPE_CHECKING:
 
     from llmopt.traces import Trace
 
-PALETTE = (
-    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
-    *("#8B5A2B", "#6A3D9A", "#9A9A00", "#444444", "#F781BF", "#00CED1", "#A50026", "#7FBF3F", "#B0B0B0", "#001F8B"),
-)
-"""The first six stay apart for colour-blind readers (Okabe & Ito 2008); the others for comparisons of many policies."""
 VERDICT_COLOURS = {"stable": "#0072B2", "unstable": "#C8361D", "close": "#B07C00", "": "#777777"}
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "grid.color": "#E4E4E4",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "axes.edgecolor": "#666666",
-    "legend.frameon": False,
-    "figure.dpi": 100.0,
-}
 
 
 def backlog_figure(comparison: Comparison) -> Figure:
     """Waiting requests over time, one panel per policy: simulated (mean over seeds) and fluid (dashed)."""
     shown = [o for o in comparison.outcomes if o.simulated is not None or o.fluid is not None]
     columns = min(4, max(1, len(shown)))
-    figure = _figure(2.6 * columns + 0.6, 1.75 * -(-len(shown) // columns) + 0.6)
+    figure = figure_of(2.6 * columns + 0.6, 1.75 * -(-len(shown) // columns) + 0.6)
     axes = figure.subplots(-(-len(shown) // columns) or 1, columns, sharex=True, sharey=True, squeeze=False)
     for axis, outcome in zip(axes.flat, shown, strict=False):
         _backlog_panel(axis, outcome)
@@ -65,7 +42,7 @@ def backlog_figure(comparison: Comparison) -> Figure:
 def load_figure(comparison: Comparison) -> Figure:
     """Estimated load of each pool under each policy; beyond 1 a pool cannot keep up."""
     shown = [o for o in comparison.outcomes if o.load is not None][::-1]
-    figure = _figure(6.6, 0.27 * len(shown) + 1.3)
+    figure = figure_of(6.6, 0.27 * len(shown) + 1.3)
     axis = figure.subplots()
     for j, pool in enumerate(comparison.scenario.pools):
         x = [float(o.load[j]) for o in shown if o.load is not None]
@@ -80,7 +57,7 @@ def load_figure(comparison: Comparison) -> Figure:
 
 def latency_figure(comparison: Comparison) -> Figure:
     """Distributions of TTFT and TPOT over the measured requests of all seeds; dashed where the backlog grew."""
-    figure = _figure(9.6, 3.6)
+    figure = figure_of(9.6, 3.6)
     for axis, key, name in zip(figure.subplots(1, 2, sharey=True), ("ttft", "tpot"), ("TTFT", "TPOT"), strict=True):
         for i, outcome in enumerate(comparison.outcomes):
             if outcome.simulated is not None:
@@ -99,7 +76,7 @@ def latency_figure(comparison: Comparison) -> Figure:
 def trace_figure(trace: Trace) -> Figure:
     """Arrival rate over time, if the trace has times, and the distributions of prompt and output lengths."""
     timed = trace.timed and trace.arrival[-1] > 0
-    figure = _figure(9.6, 4.4 if timed else 2.4)
+    figure = figure_of(9.6, 4.4 if timed else 2.4)
     grid = figure.add_gridspec(2 if timed else 1, 2)
     if timed:
         _rate_panel(figure.add_subplot(grid[0, :]), trace.arrival)
@@ -108,37 +85,12 @@ def trace_figure(trace: Trace) -> Figure:
     return figure
 
 
-def draw(build: Callable[..., Figure], *data: Any, kind: Literal["svg", "png"] = "svg") -> bytes:
-    """The picture that `build(*data)` makes, as the bytes of a file; equal data give equal bytes."""
-    with _style(salt=build.__name__):
-        buffer = io.BytesIO()
-        compact: dict[str, Any] = {"pil_kwargs": {"optimize": True}, "metadata": {"Software": None}}
-        settings = compact if kind == "png" else {"metadata": {"Date": None}}
-        build(*data).savefig(buffer, format=kind, dpi=130, **settings)
-        return buffer.getvalue()
-
-
-def comparison_pictures(comparison: Comparison, kind: Literal["svg", "png"] = "svg") -> dict[str, bytes]:
+def comparison_pictures(comparison: Comparison, kind: Kind = "svg") -> dict[str, bytes]:
     """All pictures of a comparison by name: backlog, load, latency; none if no policy could be run."""
     if not any(outcome.simulated for outcome in comparison.outcomes):
         return {}
     builders = {"backlog": backlog_figure, "load": load_figure, "latency": latency_figure}
     return {name: draw(build, comparison, kind=kind) for name, build in builders.items()}
-
-
-@contextmanager
-def _style(salt: str) -> Iterator[None]:
-    """House style, with ids in the SVG that differ between pictures and never between runs."""
-    from matplotlib import rc_context
-
-    with rc_context({**STYLE, "svg.hashsalt": salt}):
-        yield
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _backlog_panel(axis: Axes, outcome: Outcome) -> None:

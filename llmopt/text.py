@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
 from rich.console import RenderableType
@@ -13,6 +13,7 @@ from rich.text import Text
 
 from llmopt.plan import STATE_FEATURES, Plan, Router
 from llmopt.scenario import Scenario
+from llmopt.tables import counted, duration, grid, number, pairs
 
 if TYPE_CHECKING:
     from llmopt.assess import StabilityReport
@@ -22,26 +23,6 @@ if TYPE_CHECKING:
 
 SHOWN_ROWS = 20
 VERDICT_STYLES = {"stable": "green", "unstable": "bold red", "close": "yellow", "too close to call": "yellow"}
-
-
-def number(value: float, digits: int = 3) -> str:
-    """A number for a table: `digits` significant ones, no exponent up to a million, a dash where not defined."""
-    if not math.isfinite(value):
-        return "–" if math.isnan(value) else "∞"
-    if value == 0:
-        return "0"
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-    return f"{value:.{digits}g}" if abs(value) < 1e-4 else f"{value:,.{min(decimals, 6)}f}"
-
-
-def counted(n: int, noun: str) -> str:
-    """`1 row`, `2 rows`."""
-    return f"{n} {noun}{'s' * (n != 1)}"
-
-
-def duration(seconds: float) -> str:
-    """Wall-clock seconds, to a hundredth."""
-    return "<0.01" if seconds < 0.01 else number(seconds, 2)
 
 
 def verdict(word: str) -> Text:
@@ -190,16 +171,6 @@ def prices_view(prices: Mapping[str, Mapping[str, float]], unit: str) -> Table:
     return table
 
 
-def grid(*left: str, right: Sequence[str] = ()) -> Table:
-    """A plain table with left- and right-aligned columns."""
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for name in left:
-        table.add_column(name, no_wrap=True)
-    for name in right:
-        table.add_column(name, justify="right")
-    return table
-
-
 def fitted(part: RenderableType, width: int) -> list[RenderableType]:
     """A table too wide for `width` characters as several below each other, the first column in each; else as it is."""
     if not isinstance(part, Table):
@@ -227,15 +198,6 @@ def _columns_of(table: Table, chosen: Sequence[int]) -> Table:
     for row in zip(*(column.cells for column in columns), strict=True):
         some.add_row(*row)
     return some
-
-
-def pairs(name: str, value: str, rows: dict[str, Any]) -> Table:
-    """A table of two columns; numbers with four digits."""
-    table = grid(name, value)
-    for key, item in rows.items():
-        number_like = isinstance(item, float | int) and not isinstance(item, bool)
-        table.add_row(key, number(float(item), 4) if number_like else str(item))
-    return table
 
 
 def stability_view(report: StabilityReport, scenario: Scenario) -> Iterator[RenderableType]:

@@ -21,7 +21,7 @@ FILES = {
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 LAYERS = (
     ("errors", "arrays", "progress"),
-    ("model", "explain", "output"),
+    ("model", "explain", "output", "tables", "drawing"),
     ("lengths", "catalog", "solution", "steptable"),
     ("arrivals", "trace_data"),
     ("workload", "hardware", "trace_formats"),

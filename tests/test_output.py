@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from llmopt.errors import ScenarioError
 from llmopt.output import plain, to_json, whole, write
 from llmopt.progress import Display
-from llmopt.text import duration, number
+from llmopt.tables import duration, number
 
 
 @pytest.mark.parametrize(
