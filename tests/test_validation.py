@@ -253,6 +253,7 @@ def test_memory_that_is_not_recorded_is_computed_from_model_and_gpu(tmp_path: Pa
         ({"speculative_config": {"method": "ngram"}}, "speculatively"),
         ({"kv_cache__num_gpu_blocks": 20}, "more than the KV memory"),
         ({"kv_cache__num_gpu_blocks": 1}, "too few for any request"),
+        ({"max_num_seqs": 10**8}, "max_batch = 100000000 must be at most"),
         ({"kv_cache__num_gpu_blocks": None, "model": "Nonesuch-7B"}, "--model"),
         ({"kv_cache__num_gpu_blocks": None, "hardware__device_name": "Abacus"}, "--gpu"),
     ],

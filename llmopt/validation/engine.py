@@ -7,7 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from llmopt.errors import ScenarioError
+from llmopt.explain import explain
 from llmopt.hardware import Piece
 from llmopt.runs import EngineRun, Setting
 from llmopt.scenario import Pool
@@ -18,6 +21,8 @@ from llmopt.validation.fitting import fitted_pieces
 StepTimes = Literal["table", "max-affine"]
 PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
 """vLLM's names of number formats in this package's."""
+QUANTISED = {"fp8": "fp8", "awq": "int4", "gptq": "int4", "mxfp4": "mxfp4", "modelopt": "fp8", "modelopt_fp4": "nvfp4"}
+"""Formats of the weights by vLLM's names of quantisation methods, those that leave no doubt."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +65,7 @@ def engine_of(
     _refuse_unplayable(run, settings)
     settings["kv_blocks"] = _kv_blocks(run, settings)
     table = profiles if isinstance(profiles, StepTable) else _table(run, profiles, settings)
-    pool = _pool(settings, table)
+    pool = _pool(run, settings, table)
     if step_time == "max-affine":
         pool = pool.model_copy(update={"step_time": fitted_pieces(run, pool), "table": None})
     return Engine(pool, table, settings, tuple(_notes(settings)))
@@ -128,7 +133,7 @@ def precision(settings: Mapping[str, Setting]) -> str:
     """Format of the weights as profiles name it, or "" for the model's own."""
     quantised = settings["quantization"].value
     if quantised is not None:
-        return str(quantised)
+        return QUANTISED.get(str(quantised).removesuffix("_marlin"), "")
     name = str(settings["dtype"].value).removeprefix("torch.")
     return "" if name == "auto" else PRECISIONS.get(name, name)
 
@@ -163,25 +168,29 @@ def _secant(table: StepTable, settings: Mapping[str, Setting]) -> tuple[Piece, .
     return (Piece(name="secant of the table", base=low, prefill=max(0.0, (high - low) / budget)),)
 
 
-def _pool(settings: Mapping[str, Setting], table: StepTable) -> Pool:
+def _pool(run: EngineRun, settings: Mapping[str, Setting], table: StepTable) -> Pool:
     value: dict[str, Any] = {name: setting.value for name, setting in settings.items()}
-    return Pool(
-        name="engine",
-        replicas=value["data_parallel_size"],
-        step_time=_secant(table, settings),
-        table=table,
-        kv_capacity=value["kv_blocks"] * value["block_size"],
-        block_size=value["block_size"],
-        max_batch=value["max_num_seqs"],
-        token_budget=value["max_num_batched_tokens"],
-        prefill_chunk=value["long_prefill_token_threshold"] or None,
-        async_scheduling=value["async_scheduling"],
-        prefix_caching=value["enable_prefix_caching"],
-        tensor_parallel=value["tensor_parallel_size"],
-        accelerator=value["gpu"] or "",
-        model=value["model"] or "",
-        source=table.source,
-    )
+    data = {
+        "name": "engine",
+        "replicas": value["data_parallel_size"],
+        "step_time": _secant(table, settings),
+        "table": table,
+        "kv_capacity": value["kv_blocks"] * value["block_size"],
+        "block_size": value["block_size"],
+        "max_batch": value["max_num_seqs"],
+        "token_budget": value["max_num_batched_tokens"],
+        "prefill_chunk": value["long_prefill_token_threshold"] or None,
+        "async_scheduling": value["async_scheduling"],
+        "prefix_caching": value["enable_prefix_caching"],
+        "tensor_parallel": value["tensor_parallel_size"],
+        "accelerator": value["gpu"] or "",
+        "model": value["model"] or "",
+        "source": table.source,
+    }
+    try:
+        return Pool.model_validate(data)
+    except ValidationError as error:
+        raise ScenarioError(explain(error, data, Pool, f"{run.path}: as a pool its engine")) from None
 
 
 def _notes(settings: Mapping[str, Setting]) -> list[str]:
