@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -72,9 +74,9 @@ def test_the_rtx_4090_profile_against_a_program_written_by_hand(data: Path) -> N
     assert table.notes == ()
 
 
-def test_the_rtx_4090_takes_what_its_engine_took(data: Path) -> None:
+def test_two_steps_of_the_rtx_4090(data: Path) -> None:
     table = load_step_table(data / "vllm-runs", "RTX4090", "Llama-3.1-8B")
-    # 193 ms for a prefill of 2048 tokens, 17.0 ms for a decode step at context 2370, of the recorded run
+    # a prefill of 2048 tokens and a decode step of one sequence at context 2370, from a prototype that met the run
     assert prefill(table, 2048) == pytest.approx(0.193, rel=0.01)
     assert table(decode=1, kv=2370) == pytest.approx(0.0170, rel=0.01)
 
@@ -183,3 +185,30 @@ def test_long_contexts_are_foretold_from_short_ones(data: Path) -> None:
     off = (grid.seconds / table - 1)[hidden & np.isfinite(table)]
     assert np.abs(off).mean() < 0.03
     assert np.abs(np.percentile(off, [5, 95])).max() < 0.06
+
+
+def test_the_document_says_what_happens(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).resolve().parents[1]
+    monkeypatch.chdir(root)
+    text = (root / "docs" / "profiles.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert code
+    for block in code:
+        exec(block, {})
+
+
+def last_alone(data: Path, gpu: str) -> tuple[float, float]:
+    """Seconds between the end of the last but one request of a run and the last, and the last one's context then."""
+    lines = (data / "vllm-runs" / f"{gpu}_Llama-3.1-8B" / "requests.jsonl").read_text().splitlines()
+    ends = pd.DataFrame([json.loads(line) for line in lines]).sort_values("last_token_ts")
+    alone, last = float(ends.last_token_ts.diff().iloc[-1]), ends.iloc[-1]
+    return alone, float(last.input_toks + last.output_toks)
+
+
+@pytest.mark.parametrize(("gpu", "count"), [("RTX4090", 25), ("RTXPRO6000", 151)])
+def test_the_last_request_of_a_run_decodes_alone(data: Path, gpu: str, count: int) -> None:
+    table = load_step_table(data / "vllm-runs", gpu, "Llama-3.1-8B")
+    alone, context = last_alone(data, gpu)
+    # each of its last steps gives one token; the count that is nearest is off by less than half a step
+    steps = sum(table(decode=1, kv=context - k) for k in range(1, count + 1))
+    assert steps == pytest.approx(alone, rel=0.01)
