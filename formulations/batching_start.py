@@ -1,0 +1,89 @@
+"""Schedules in rounds from list rules: what exact methods start from; each returns starts, shape (n,)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llmopt.arrays import Floats, Ints
+from llmopt.rounds import Rounds
+
+
+def mc_sf(instance: Rounds) -> Ints:
+    """Shortest output first with the exact memory check, stopping at the first request that does not fit.
+
+    Source: MC-SF of arXiv 2502.07115, with outputs known.
+    """
+    return admitted(instance, instance.output.astype(float))
+
+
+def by_volume(instance: Rounds) -> Ints:
+    """As MC-SF in the order of volumes s o + o (o + 1) / 2, the order of the memory-area bound."""
+    return admitted(instance, instance.volume.astype(float))
+
+
+def sorted_f(instance: Rounds) -> Ints:
+    """Sorted-F: batches of smallest F(X) = sum of outputs / |X|^2 one after the other, then admitted in that order.
+
+    The best batch is sought among the prefixes of the orders by output, peak and volume that can start together.
+    Source: arXiv 2508.06133.
+    """
+    left, place = set(range(len(instance))), np.empty(len(instance))
+    while left:
+        batches = [b for key in (instance.output, instance.peak, instance.volume) for b in _prefixes(instance, left, key)]
+        batch = min(batches, key=lambda b: (instance.output[b].sum() / len(b) ** 2, -len(b)))
+        for i in sorted(batch, key=lambda i: instance.output[i]):
+            place[i] = len(instance) - len(left)
+            left.remove(i)
+    return admitted(instance, place)
+
+
+def _prefixes(instance: Rounds, left: set[int], key: Ints) -> list[list[int]]:
+    """Batches that can start together, grown one by one in the order of `key`."""
+    grown: list[list[int]] = []
+    batch: list[int] = []
+    for i in sorted(left, key=lambda i: (key[i], i)):
+        if not _fits(instance, [*batch, i], np.zeros(len(batch) + 1, dtype=np.int64), 0):
+            break
+        batch = [*batch, i]
+        grown.append(batch)
+    return grown
+
+
+def admitted(instance: Rounds, priority: Floats) -> Ints:
+    """Each round, admit arrived requests by ascending priority while memory suffices at every later completion."""
+    start = np.full(len(instance), -1, dtype=np.int64)
+    order = np.argsort(priority, kind="stable")
+    running: list[int] = []
+    now = 0
+    while (start < 0).any():
+        running = [j for j in running if start[j] + instance.output[j] > now]
+        for i in order[(start[order] < 0) & (instance.arrival[order] <= now)].tolist():
+            start[i] = now
+            if not _fits(instance, [*running, i], start[[*running, i]], now):
+                start[i] = -1
+                break
+            running.append(i)
+        now += 1
+    return start
+
+
+def _fits(instance: Rounds, chosen: list[int], start: Ints, now: int) -> bool:
+    """Whether requests `chosen` with their starts hold at most M tokens at every completion after `now`."""
+    s, o = instance.prompt[chosen], instance.output[chosen]
+    at = np.unique(start + o)
+    age = at[at > now][:, None] - start
+    return bool((np.where(age <= o, s + age, 0).sum(axis=1) <= instance.capacity).all())
+
+
+def best_start(instance: Rounds, iterations: int = 200_000, seed: int = 0) -> Ints:
+    """The best of the list rules, improved by simulated annealing over the order of a list schedule."""
+    from formulations.batching_kernels import anneal
+
+    rules = (mc_sf, by_volume, sorted_f) if not instance.arrival.any() else (mc_sf, by_volume)
+    best = min((rule(instance) for rule in rules), key=instance.latency)
+    for key in (best, best + instance.output):
+        order = np.argsort(key, kind="stable")
+        data = (instance.arrival, instance.prompt, instance.output, instance.capacity)
+        _, found = anneal(order, *data, instance.horizon + instance.capacity, iterations, seed)
+        best = min(best, found, key=instance.latency)
+    return best
