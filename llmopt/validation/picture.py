@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmopt.arrays import Floats
+from llmopt.drawing import PALETTE, Kind, draw, figure_of
 from llmopt.validation.accuracy import METRICS
 from llmopt.validation.result import Validation
 from llmopt.validation.view import UNITS
@@ -17,23 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MEASURED, PREDICTED = "#444444", "#D55E00"
-"""Grey for what was, vermilion (Okabe and Ito 2008) for what was predicted."""
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "grid.color": "#E4E4E4",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-}
-Kind = Literal["svg", "png"]
+MEASURED, PREDICTED = "#444444", PALETTE[1]
+"""Grey for what was, a colour for what was predicted."""
 
 
 def state_figure(validation: Validation) -> Figure:
@@ -42,7 +27,7 @@ def state_figure(validation: Validation) -> Figure:
     names = {"running": "requests running", "waiting": "requests waiting"}
     if recorded is not None and np.nan_to_num(recorded.memory).any():
         names["memory"] = "KV memory in use (%)"
-    figure = _figure(8.2, 1.7 * len(names) + 0.6)
+    figure = figure_of(8.2, 1.7 * len(names) + 0.6)
     axes = figure.subplots(len(names), 1, sharex=True)
     for axis, (name, label) in zip(axes, names.items(), strict=True):
         if recorded is not None:
@@ -57,7 +42,7 @@ def state_figure(validation: Validation) -> Figure:
 
 def distribution_figure(validation: Validation) -> Figure:
     """Distributions of TTFT, TPOT and E2E over the judged requests."""
-    figure = _figure(9.6, 2.9)
+    figure = figure_of(9.6, 2.9)
     for axis, name in zip(figure.subplots(1, 3, sharey=True), METRICS, strict=True):
         label, unit, scale = UNITS[name]
         for data, colour, width, who in _both(validation):
@@ -73,7 +58,7 @@ def distribution_figure(validation: Validation) -> Figure:
 
 def request_figure(validation: Validation) -> Figure:
     """Predicted against measured, one point per judged request."""
-    figure = _figure(9.6, 3.3)
+    figure = figure_of(9.6, 3.3)
     for axis, name in zip(figure.subplots(1, 3), METRICS, strict=True):
         label, unit, scale = UNITS[name]
         x, y = (scale * data[name] for data, *_ in _both(validation))
@@ -92,23 +77,7 @@ FIGURES: dict[str, Callable[[Validation], Figure]] = {
 
 def pictures(validation: Validation, kind: Kind = "svg") -> dict[str, bytes]:
     """All pictures by name; equal validations give equal bytes."""
-    return {name: _draw(build, name, validation, kind) for name, build in FIGURES.items()}
-
-
-def _draw(build: Callable[[Validation], Figure], name: str, validation: Validation, kind: Kind) -> bytes:
-    from matplotlib import rc_context
-
-    settings: dict[str, Any] = {"metadata": {"Software": None} if kind == "png" else {"Date": None}}
-    with rc_context({**STYLE, "svg.hashsalt": name}):
-        buffer = io.BytesIO()
-        build(validation).savefig(buffer, format=kind, dpi=130, **settings)
-        return buffer.getvalue()
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
+    return {name: draw(build, validation, kind=kind) for name, build in FIGURES.items()}
 
 
 def _both(validation: Validation) -> tuple[tuple[Any, str, float, str], ...]:

@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from llmopt.tables import grid, number
 from llmopt.validation.accuracy import JUDGED, METRICS, STATISTICS
 from llmopt.validation.result import Validation
 
@@ -83,17 +84,12 @@ def percent(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.1%}"
 
 
-def amount(value: float) -> str:
-    """A time in its unit, four digits, a dash where not known."""
-    return "–" if math.isnan(value) else f"{value:.4g}" if value < 1000 else f"{value:.1f}"
-
-
 def rows(validation: Validation) -> Iterator[tuple[str, str, list[str], list[float]]]:
     """Metric, kind, cells and, for the row of errors, the errors themselves."""
     for name in METRICS:
         label, unit, scale = UNITS[name]
         for kind, data in (("measured", validation.measured), ("predicted", validation.predicted)):
-            yield f"{label} ({unit})", kind, [amount(scale * data[name][key]) for key in STATISTICS], []
+            yield f"{label} ({unit})", kind, [number(scale * data[name][key], 4) for key in STATISTICS], []
         errors = [validation.relative_error[name][key] for key in STATISTICS]
         yield f"{label} ({unit})", "error", ["–" if math.isnan(e) else f"{e:+.1%}" for e in errors], errors
 
@@ -104,11 +100,7 @@ def colour(error: float) -> str:
 
 
 def _errors_table(validation: Validation) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for name in ("", " "):
-        table.add_column(name, no_wrap=True)
-    for name in STATISTICS:
-        table.add_column(name, justify="right")
+    table = grid("", " ", right=STATISTICS)
     for label, kind, cells, errors in rows(validation):
         shown: list[RenderableType] = list(cells)
         if errors:
