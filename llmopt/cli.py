@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from llmopt import __version__
+from llmopt.cli_calibrate import calibrate
 from llmopt.cli_tools import deliver, json_option, say_written, show
 from llmopt.cli_validate import validate
 from llmopt.errors import LLMOptError, ScenarioError
@@ -196,6 +197,7 @@ def list_command(json_file: str | None) -> None:
         show(catalogue_view(data))
 
 
+main.add_command(calibrate)
 main.add_command(validate)
 
 

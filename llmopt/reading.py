@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from llmopt.catalog import catalog_entry
+from llmopt.catalog import catalog_entry, read_entry
 from llmopt.errors import ScenarioError
 from llmopt.explain import suggestion
 from llmopt.scenario import Scenario
@@ -83,15 +83,16 @@ def _resolved(pool: Any, where: str, folder: Path) -> Any:
     """The pool with what its catalog entry, its profile, or its accelerator and model say of the keys it leaves out."""
     if not isinstance(pool, dict):
         return pool
-    return _with_profile(_from_machines(_from_catalog(pool, f"{where}.catalog"), where), where, folder)
+    return _with_profile(_from_machines(_from_catalog(pool, f"{where}.catalog", folder), where), where, folder)
 
 
-def _from_catalog(pool: dict[str, Any], where: str) -> dict[str, Any]:
-    """The pool with the constants of its catalog entry under its own keys."""
-    if not isinstance(pool.get("catalog"), str):
+def _from_catalog(pool: dict[str, Any], where: str, folder: Path) -> dict[str, Any]:
+    """The pool with the constants of its catalog entry, a name or a file relative to the scenario's, under its keys."""
+    name = pool.get("catalog")
+    if not isinstance(name, str):
         return pool
     try:
-        entry = catalog_entry(pool["catalog"])
+        entry = read_entry(folder / name) if name.endswith(".toml") else catalog_entry(name)
     except ScenarioError as error:
         raise ScenarioError(f"{where}: {error}") from None
     return {"source": entry.description} | entry.pool | pool

@@ -129,7 +129,7 @@ def fit_step_time(
     search = _Search(_samples(features, seconds, weights), options)
     best = search.grow(decode_pieces, mixed_pieces)
     used = best.used(search.whole)
-    pieces = tuple(_pieces(best.coefficients[used] / search.whole.scale, best.decode[used]))
+    pieces = tuple(_pieces(best.coefficients[used] / search.whole.scale))
     data = search.whole
     return Fit(
         pieces=pieces,
@@ -273,20 +273,20 @@ def solve_assigned(samples: _Samples, assigned: Ints, decode: Bools, options: So
 
     from llmopt.solve import solve
 
-    pieces, n = len(decode), len(assigned)
-    coefficients = cp.Variable((pieces, len(FEATURES)), nonneg=True, name="coefficients")
-    error = cp.Variable(n, name="error")
-    absent = np.repeat(~samples.known[None], pieces, axis=0)
-    absent[decode, PREFILL] = absent[decode, PAIRS] = True
-    requirements = [samples.shares @ coefficients[j] - 1.0 <= error for j in range(pieces)]
-    for j in range(pieces):
-        mine = np.flatnonzero(assigned == j)
-        if len(mine):
-            requirements.append(1.0 - samples.shares[mine] @ coefficients[j] <= error[mine])
-    if absent.any():
-        requirements.append(cp.multiply(coefficients, absent.astype(float)) == 0.0)
-    solved = solve(cp.Problem(cp.Minimize(samples.weights @ error), requirements), options)
-    return np.where(absent, 0.0, np.maximum(np.asarray(coefficients.value), 0.0)), solved.label
+    free = np.repeat(samples.known[None], len(decode), axis=0)
+    free[decode, PREFILL] = free[decode, PAIRS] = False
+    # steps by pieces by free coefficients: what each coefficient adds to the piece at the step
+    terms = samples.shares[:, None, None, :] * np.eye(len(decode))[None, :, :, None]
+    terms = terms[:, :, free]
+    chosen = cp.Variable(int(free.sum()), nonneg=True, name="coefficients")
+    error = cp.Variable(len(assigned), name="error")
+    own = terms[np.arange(len(assigned)), assigned]
+    above = [(terms[:, j] @ chosen - 1.0 <= error).set_label(f"piece {j} above") for j in range(len(decode))]
+    below = (1.0 - own @ chosen <= error).set_label("assigned piece below")
+    solved = solve(cp.Problem(cp.Minimize(samples.weights @ error), [*above, below]), options)
+    coefficients = np.zeros(free.shape)
+    coefficients[free] = np.maximum(np.asarray(chosen.value), 0.0)
+    return coefficients, solved.label
 
 
 def _with_copy(model: _Model, kind: bool) -> _Model:
@@ -295,8 +295,9 @@ def _with_copy(model: _Model, kind: bool) -> _Model:
     return _Model(np.vstack([model.coefficients, model.coefficients[j]]), np.append(model.decode, kind), model.error)
 
 
-def _pieces(coefficients: Floats, decode: Bools) -> Iterator[Piece]:
-    """Named pieces, decode pieces first, each kind by its time per step."""
+def _pieces(coefficients: Floats) -> Iterator[Piece]:
+    """Pieces by name, those without prefill terms first, each kind by its time per step."""
+    decode = (coefficients[:, [PREFILL, PAIRS]] == 0).all(axis=1)
     for kind, name in ((True, "decode"), (False, "mixed")):
         rows = coefficients[decode == kind]
         rows = rows[np.argsort(-rows[:, 0], kind="stable")]
