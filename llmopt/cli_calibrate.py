@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 OUTPUTS = ("paths", "output", "json_file", "report")
 """Parameters that do not change the answer."""
+CAPS = ("max_batch", "token_budget", "kv_capacity")
 FOR_LOGS, FOR_PROFILES = ("select", "columns"), ("precision", "decode_pieces", "mixed_pieces", "host_overhead")
 
 
@@ -26,7 +27,9 @@ FOR_LOGS, FOR_PROFILES = ("select", "columns"), ("precision", "decode_pieces", "
 @click.option("--model", default="", metavar="M", help="Likewise.")
 @click.option("--tp", type=int, metavar="N", help="Tensor-parallel degree, likewise.")
 @click.option("--precision", default="", metavar="P", help="Of the weights; the one that the model is published in.")
-@click.option("--max-batch", type=int, default=256, show_default=True, metavar="N", help="Sequences of a step.")
+@click.option(
+    "--max-batch", type=int, metavar="N", help="Sequences of a step; 256, for a log no less than its concurrency."
+)
 @click.option("--token-budget", type=int, metavar="N", help="Tokens of a step; 2048, for a benchmark log 8192.")
 @click.option("--kv-capacity", type=int, metavar="N", help="KV tokens of a replica; computed if absent.")
 @click.option("--decode-pieces", type=int, default=1, show_default=True, metavar="N", help="Without prefill terms.")
@@ -59,8 +62,8 @@ def calibrate(context: click.Context, /, paths: tuple[str, ...], **options: Any)
 
 
 def _calibrated(context: click.Context, paths: Sequence[str], options: Mapping[str, Any]) -> Calibration:
-    shared = {key: options[key] for key in ("max_batch", "kv_capacity", "allow_unphysical")}
-    shared |= {"token_budget": options["token_budget"]} if options["token_budget"] is not None else {}
+    shared = {key: options[key] for key in CAPS if options[key] is not None}
+    shared["allow_unphysical"] = options["allow_unphysical"]
     if any(_is_log(Path(path)) for path in paths) or options["columns"]:
         _refuse(context, FOR_PROFILES, "a benchmark log")
         if len(paths) > 1:

@@ -25,13 +25,15 @@ PRECISIONS = {"fp8": "fp8", "fp8_block": "fp8", "nvfp4": "nvfp4", "bfloat16": "b
 TOKEN_BUDGET = 8192
 """Default of vLLM on data-centre GPUs, of SGLang and of TensorRT-LLM, with which such logs are made."""
 
+MAX_BATCH = 256
+
 
 def calibrate_benchmarks(
     path: str | Path,
     *,
     select: Mapping[str, str] | None = None,
     columns: Mapping[str, str] | None = None,
-    max_batch: int = 256,
+    max_batch: int | None = None,
     token_budget: int = TOKEN_BUDGET,
     kv_capacity: int | None = None,
     allow_unphysical: bool = False,
@@ -47,8 +49,9 @@ def calibrate_benchmarks(
     columns
         Names of columns that are not recognised.
     max_batch, token_budget, kv_capacity
-        Limits of the engine that was measured. Without a KV capacity it is what the points show, or, where they do not
-        show one, what `llmopt.machines` computes.
+        Limits of the engine that was measured. Without a max batch it is vLLM's default of 256, or the largest
+        concurrency; without a KV capacity what the points show, or, where they show none, what `llmopt.machines`
+        computes.
     allow_unphysical
         Note instead of refusing what peak arithmetic and bandwidth do not allow.
 
@@ -60,6 +63,7 @@ def calibrate_benchmarks(
     table = read_benchmarks(path, columns).choose(select)
     fit = fit_benchmarks(table, BenchOptions(token_budget=float(token_budget), kv_capacity=kv_capacity))
     machine = _machine(table)
+    max_batch = max(MAX_BATCH, int(table.load.concurrency.max())) if max_batch is None else max_batch
     room, why = _memory(fit, machine, max_batch, token_budget)
     caps = Caps(max_batch, token_budget, room)
     pieces = rounded(fit.pieces)
@@ -143,8 +147,8 @@ def _notes(fit: BenchFit) -> Iterator[str]:
     )
     if (harness.fixed, harness.steps, harness.together) != (0.0, 0.0, 1.0):
         yield (
-            f"a mean TTFT also holds {1e3 * harness.fixed:.3g} ms besides the engine and {harness.steps:.3g} steps waited "
-            f"for, with {harness.together:.3g} prompts prefilled at once"
+            f"a mean TTFT also holds {1e3 * harness.fixed:.3g} ms besides the engine and {harness.steps:.3g} steps "
+            f"waited for, with {harness.together:.3g} prompts prefilled at once"
         )
     if fit.queueing.any():
         yield f"at {int(fit.queueing.sum())} points requests wait for memory, and their TTFT says nothing of prefill"

@@ -13,6 +13,7 @@ from llmopt.calibrate.fit import DEFAULT_FIT, FitOptions, fit_step_time
 from llmopt.calibrate.regions import KINDS, error_table, kind_of
 from llmopt.calibrate.result import DIGITS, Calibration, Caps, Machine, Points, memory, physics, rounded
 from llmopt.calibrate.sample import beyond, sample_steps
+from llmopt.errors import ScenarioError
 from llmopt.hardware import StepTime
 from llmopt.machines import model_shape
 from llmopt.machines.physics import Steps, probe
@@ -68,6 +69,8 @@ def calibrate_profile(
     ScenarioError
         In one sentence, if the profile cannot be read or composed, or is impossible.
     """
+    if not 0 <= host_overhead <= 1:
+        raise ScenarioError(f"host_overhead = {host_overhead:g} s is not 0 to 1 s; give seconds")
     profile = read_profile(
         *paths, accelerator=accelerator, model=model, tensor_parallel=tensor_parallel, precision=precision
     )

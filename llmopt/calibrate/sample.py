@@ -14,7 +14,6 @@ import numpy as np
 
 from llmopt.arrays import Floats
 from llmopt.calibrate.result import Caps
-from llmopt.errors import ScenarioError
 from llmopt.steptable import StepTable
 
 SHORTEST = 64.0
@@ -44,21 +43,10 @@ def sample_steps(table: StepTable, caps: Caps, *, count: int = 1024, seed: int =
     Returns
     -------
     Features (n, 4) as in `hardware.FEATURES` without the base, and weights (n,): half for the steps without prefill.
-
-    Raises
-    ------
-    ScenarioError
-        If no step with prefill was measured within the limits.
     """
     half = max(count // 2, 1)
     pure = _pure(table, caps, _points(half, 3, seed))
     mixed = _mixed(table, caps, _points(half, 6, seed + 1))
-    mixed = mixed[table.covers(mixed)]
-    if len(mixed) == 0:
-        raise ScenarioError(
-            f"{table.source or 'the table'}: no step with prefill within token_budget = {caps.token_budget} and "
-            f"kv_capacity = {caps.kv_capacity} was measured; raise them"
-        )
     weights = np.concatenate([np.full(len(part), 0.5 / len(part)) for part in (pure, mixed)])
     return np.concatenate([pure, mixed]), weights
 
