@@ -10,6 +10,7 @@ import pytest
 
 from llmopt.errors import ScenarioError
 from llmopt.hardware import StepTime
+from llmopt.reading import load_scenario
 from llmopt.scenario import Evaluation, Pool, Scenario
 
 STEP = {"base": 0.01, "prefill": 1e-4, "decode": 2e-4, "kv": 1e-7, "pairs": 1e-9}
@@ -165,3 +166,11 @@ def test_paths_leave_out_the_tags_of_laws() -> None:
         ScenarioError, match=re.escape("workload.classes[0].prompt.parts[0].low = 0 must be at least 1")
     ):
         Scenario.checked(data(workload=workload), "f")
+
+
+def test_a_copy_of_a_pool_computes_its_step_time_anew() -> None:
+    pool = load_scenario("quickstart").pools[0]
+    before = pool.stepper(decode=1)
+    copy = pool.model_copy(update={"host_overhead": 0.5})
+    assert copy.stepper(decode=1) == pytest.approx(before + 0.5)
+    assert pool.stepper(decode=1) == before
