@@ -26,9 +26,11 @@ from llmopt.calibrate.bench_table import BenchTable
 from llmopt.model import InputModel
 from llmopt.solution import SolveOptions
 
-WAITING, FULL, MOST = (0.3, 0.5), 0.6, 0.8
+WAITING, FULL, MOST = (0.05, 0.3), 0.6, 0.8
 """Requests may queue for memory where they wait more than a share of their life (two guesses) and hold more than
 `FULL` of the most KV tokens that any point holds, if one of these points holds more than `MOST` of it."""
+WRONG = 0.1
+"""Relative error of TTFT from which such a point is worth the trial."""
 GAIN = 1.1
 """A capacity is one more parameter: it must reduce the error by this factor."""
 FALL = 1e-3
@@ -72,18 +74,20 @@ class Alternation:
         known = self.options.kv_capacity
         if self.load.static or known is not None:
             return self._alternate(self._waiting(known or np.inf, WAITING[0]), known or np.inf)
-        return min([self._alternate(self._waiting(np.inf, 0.0), np.inf), *self._bounded()], key=self._error)
+        free = self._alternate(self._waiting(np.inf, 0.0), np.inf)
+        return min([free, *self._bounded(free)], key=self._error)
 
     def _waiting(self, capacity: float, least: float) -> Bools:
         """Points (n,) at which requests wait more than `least` of their life and memory of this capacity is full."""
         held = self.load.concurrency * self.share * self.load.context
         return np.asarray((1.0 - self.share > least) & (held > FULL * capacity))
 
-    def _bounded(self) -> list[Model]:
-        """Models of a memory that is full where requests wait longest and hold most."""
+    def _bounded(self, free: Model) -> list[Model]:
+        """Models of a memory that is full where requests wait longest and hold most, if `free` is wrong there."""
+        wrong = np.abs(predict(free, self.load)[0] / self.ttft - 1.0) > WRONG
         held = self.load.concurrency * self.share * self.load.context
         guesses = [self._waiting(float(held.max()), wait) for wait in WAITING]
-        possible = [g for g in guesses if g.any() and held[g].max() > MOST * held.max()]
+        possible = [g for g in guesses if (g & wrong).any() and held[g].max() > MOST * held.max()]
         if len(possible) > 1 and (possible[0] == possible[1]).all():
             del possible[1]
         return [self._alternate(g, float(np.median(held[g]))) for g in possible]

@@ -53,7 +53,8 @@ def leave_out(
     table, options
         As for `fit_benchmarks`. Repeated measurements of one load are one point, so none of them stays behind.
     fold
-        What is left out besides the point: nothing, or all points of its lengths, or of its concurrency.
+        What is left out besides the point: nothing (of static batches, those with the same prefill), or all points of
+        its lengths, or of its concurrency.
     focused
         Fit near the load that is predicted, which for `point` is a fit for every point.
 
@@ -79,12 +80,12 @@ def leave_out(
 
 
 def _folds(load: Load, fold: Fold) -> Iterator[Bools]:
-    if fold == "point":
-        yield from np.eye(len(load), dtype=bool)
-        return
-    key = load.concurrency if fold == "concurrency" else load.prompt + 1j * load.output
-    for value in np.unique(key):
-        yield key == value
+    lengths, prefill = load.prompt + 1j * load.output, load.prompt + 1j * load.concurrency
+    # static batches that differ by their outputs share their prefill
+    points = prefill if load.static else np.arange(len(load), dtype=float)
+    keys = {"point": points, "lengths": lengths, "concurrency": load.concurrency}
+    for value in np.unique(keys[fold]):
+        yield keys[fold] == value
 
 
 def _beyond(load: Load, kept: Load) -> Bools:

@@ -68,9 +68,11 @@ class BenchTable:
 
     @property
     def label(self) -> str:
-        """The setting in a line, or the file."""
-        named = ("tp", "pp", "dp", "moe_tp", "ep", "gemm", "moe")
-        words = (f"{key} {value}" if key in named else value for key, value in self.setting.items() if value)
+        """The setting in a line, degrees of parallelism only where they say something, or the file."""
+        said = {key: value for key, value in self.setting.items() if value}
+        words = [said[key].rsplit("/", 1)[-1] for key in ("model", "system", "backend", "version") if key in said]
+        words += [said[key] for key in ("precision", "gemm") if key in said][:1]
+        words += [f"{key} {said[key]}" for key in ("tp", "pp", "dp", "ep") if said.get(key, "0") not in ("0", "1")]
         return " ".join(words) or self.source
 
     def some(self, chosen: Ints | Bools) -> BenchTable:
