@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 
@@ -30,7 +31,7 @@ class Multipliers:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """The bound at some multipliers, and its slopes: how often each request is missing (n,), tokens above M (T + 1,)."""
+    """The bound at some multipliers, and its slopes: how often a request is missing (n,), tokens above M (T + 1,)."""
 
     bound: float
     missing: Floats
@@ -41,13 +42,22 @@ class Evaluation:
 class ChainRelaxation:
     """L(lambda, mu) of equation (B7) over completions that `allowed`, shape (n, T + 1), still permits.
 
-    threshold: requests with a peak above this share of M are large. Every optimal schedule that may beat the
+    threshold: requests with a peak above this share of M are large; length: how many large completions in a row share
+    memory, 3, or 4 for a tighter bound at a hundred times the work. Every optimal schedule that may beat the
     incumbent must complete each request in an allowed round; then L is below its latency for all lambda, mu >= 0.
     """
 
     instance: Rounds
     allowed: Bools
     threshold: float = 0.4
+    length: Literal[3, 4] = 3
+
+    @property
+    def kernels(self) -> Any:
+        """The dynamic programs for chains of this length."""
+        from formulations import batching_kernels, batching_quads
+
+        return batching_kernels if self.length == 3 else batching_quads
 
     @property
     def rounds(self) -> int:
@@ -78,8 +88,15 @@ class ChainRelaxation:
         cheapest = self.costs(price).min(axis=1, initial=np.inf)
         return Multipliers(np.where(self.large & np.isfinite(cheapest), cheapest, 0.0), price)
 
+    def adapted(self, at: Multipliers) -> Multipliers:
+        """Multipliers of another relaxation of the same instance for this one, at no loss of its bound."""
+        price = at.price[: self.rounds]
+        cheapest = self.costs(price).min(axis=1, initial=np.inf)
+        paid = np.where(at.reward == 0, cheapest, at.reward)
+        return Multipliers(np.where(self.large & np.isfinite(paid), paid, 0.0), price)
+
     def costs(self, price: Floats) -> Floats:
-        """c - a_i + sum_t mu_t usage_ict, the priced latency of completing i in round c, shape (n, T + 1)."""
+        """Cost c - a_i + sum_t mu_t usage_ict, the priced latency of completing i in round c, shape (n, T + 1)."""
         t = np.arange(self.rounds)
         total, moment = np.cumsum(price), np.cumsum(price * t)
         start = np.maximum(t[None, :] - self.instance.output[:, None], 0)
@@ -106,8 +123,6 @@ class ChainRelaxation:
 
     def evaluate(self, at: Multipliers) -> Evaluation:
         """The bound and a subgradient; infinite if some request has no allowed round left."""
-        from formulations.batching_kernels import best_chain, gains_after
-
         if not self.allowed.any(axis=1).all():
             return Evaluation(np.inf, np.zeros(len(self.instance)), np.zeros(self.rounds))
         costs = self.costs(at.price)
@@ -115,8 +130,8 @@ class ChainRelaxation:
         done = [(i, int(costs[i].argmin())) for i in np.flatnonzero(~self.large).tolist()]
         if self.large.any():
             (V, who), (_, peak, count) = self.gains(at, costs), self.classes
-            B, first = gains_after(V, peak, count, self.instance.capacity, self.slack)
-            chain = best_chain(V, B, first, peak, count, self.instance.capacity, self.slack)
+            after, first = self.kernels.gains_after(V, peak, count, self.instance.capacity, self.slack)
+            chain = self.kernels.best_chain(V, after, first, peak, count, self.instance.capacity, self.slack)
             bound -= float(first[0])
             large = [(int(who[t, k]), int(t)) for t, k in chain]
             np.subtract.at(missing, [i for i, _ in large], 1.0)
@@ -135,7 +150,7 @@ class ChainRelaxation:
 
     def completion_bounds(self, at: Multipliers) -> Floats:
         """A lower bound on the latency of every schedule that completes request i in round c, shape (n, T + 1)."""
-        from formulations.batching_kernels import NEVER, gains_after, gains_before
+        from formulations.batching_kernels import NEVER
 
         costs = self.costs(at.price)
         constant, cls = self.constant(at, costs), self.classes[0]
@@ -143,8 +158,9 @@ class ChainRelaxation:
         if self.large.any():
             V, _ = self.gains(at, costs)
             data = (*self.classes[1:], self.instance.capacity, self.slack)
-            B, first = gains_after(V, *data)
-            through = np.where(V > NEVER, (gains_before(V, *data) + B).max(axis=2), -np.inf)
+            after, first = self.kernels.gains_after(V, *data)
+            after += self.kernels.gains_before(V, *data)
+            through = np.where(V > NEVER, after.reshape(*V.shape, -1).max(axis=2), -np.inf)
             chain = float(first[0])
         bounds = np.where(self.large[:, None], constant, constant - chain) + np.zeros_like(costs)
         for i in range(len(self.instance)):

@@ -194,7 +194,11 @@ def _follower(
     for other in range(V.shape[1]):
         for gap in range(min(peak[-1] + 1, V.shape[0] - t)):
             held = peak[other] - gap
-            if V[t + gap, other] <= NEVER or held > q or not copies(k, other, int(other == k and gap == 0), gap, count[k]):
+            if (
+                V[t + gap, other] <= NEVER
+                or held > q
+                or not copies(k, other, int(other == k and gap == 0), gap, count[k])
+            ):
                 continue
             room = next_room(peak[k], held, gap, capacity, slack)
             if room >= 0 and V[t + gap, other] + B[t + gap, other, room] > best:

@@ -29,7 +29,9 @@ def sorted_f(instance: Rounds) -> Ints:
     """
     left, place = set(range(len(instance))), np.empty(len(instance))
     while left:
-        batches = [b for key in (instance.output, instance.peak, instance.volume) for b in _prefixes(instance, left, key)]
+        batches = [
+            b for key in (instance.output, instance.peak, instance.volume) for b in _prefixes(instance, left, key)
+        ]
         batch = min(batches, key=lambda b: (instance.output[b].sum() / len(b) ** 2, -len(b)))
         for i in sorted(batch, key=lambda i: instance.output[i]):
             place[i] = len(instance) - len(left)

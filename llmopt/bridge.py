@@ -57,6 +57,10 @@ class Bridge(Protocol):
         """Name of the variable behind a column."""
         ...
 
+    def start(self) -> Floats | None:
+        """Values that the model's variables carry now, NaN where there is none; None if there are none at all."""
+        ...
+
     def load(self, x: Floats, row_dual: Floats | None, objective: float) -> Mapping[str, Any]:
         """Write values (and duals of the arrays) into the model; return the duals by constraint name."""
         ...

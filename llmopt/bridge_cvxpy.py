@@ -53,6 +53,10 @@ class CvxpyBridge:
         """Column number; CVXPY gives names to whole arrays only."""
         return f"column {index}"
 
+    def start(self) -> Floats | None:
+        """None: CVXPY's reductions do not translate values."""
+        return None
+
     def load(self, x: Floats, row_dual: Floats | None, objective: float) -> Mapping[str, Any]:
         """Unpack through CVXPY, and return duals by constraint name in the model's sense."""
         answer = {

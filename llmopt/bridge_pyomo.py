@@ -29,6 +29,11 @@ class PyomoBridge:
         """Variable name."""
         return _plain_name(self.form.columns[index])
 
+    def start(self) -> Floats | None:
+        """Values of the variables, NaN where one has none; None if none has."""
+        values = np.array([np.nan if v.value is None else v.value for v in self.form.columns], dtype=float)
+        return None if np.isnan(values).all() else values
+
     def load(self, x: Floats, row_dual: Floats | None, objective: float) -> Mapping[str, Any]:
         """Set every variable, fill an importing `dual` suffix, and return duals by constraint name."""
         for variable, value in zip(self.form.columns, x.tolist(), strict=True):

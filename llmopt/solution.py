@@ -28,13 +28,14 @@ class Termination(StrEnum):
 class SolveOptions(InputModel):
     """Effort of a solve: `time_limit` (s), relative `gap` at which a MILP may stop, `threads`, `seed`.
 
-    `highs` passes further options to HiGHS as (name, value) pairs; an unknown one is refused, never ignored.
+    `warm_start` begins from the values that a Pyomo model's variables carry, if they are feasible. `highs` passes further options to HiGHS as (name, value) pairs; an unknown one is refused, never ignored.
     """
 
     time_limit: Annotated[float, Field(gt=0)] = 60.0
     gap: Annotated[float, Field(ge=0, lt=1)] = 1e-6
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     seed: Annotated[int, Field(ge=0)] = 0
+    warm_start: bool = False
     highs: tuple[tuple[str, bool | int | float | str], ...] = ()
 
 

@@ -117,7 +117,7 @@ class _Run:
 
 def _solve_by_highs(bridge: Bridge, name: str, options: SolveOptions, build_seconds: float) -> Solve:
     program = bridge.program
-    run = _run(program, options, name)
+    run = _run(program, options, name, bridge.start() if options.warm_start else None)
     if run.termination is Termination.INFEASIBLE:
         raise Infeasible(f"{name}: {_conflict(bridge, run.highs, options)}")
     if run.x is None or run.termination is Termination.UNBOUNDED:
@@ -146,13 +146,14 @@ def _without_answer(name: str, termination: Termination, options: SolveOptions) 
     return f"{name}: HiGHS stopped ({termination}) without a feasible point; check the scale of the coefficients"
 
 
-def _run(program: Program, options: SolveOptions, name: str) -> _Run:
+def _run(program: Program, options: SolveOptions, name: str, point: Floats | None) -> _Run:
     import highspy
 
     highs = _new_highs()
     with _threads(options.threads):
         _set(highs, _highs_options(options))
         _accept(highs.passModel(_highs_model(program)), name)
+        _begin_at(highs, point)
         start = perf_counter()
         highs.run()
         seconds = perf_counter() - start
@@ -172,6 +173,13 @@ def _run(program: Program, options: SolveOptions, name: str) -> _Run:
         x=_tidy(highs.getSolution().col_value, program) if held else None,
         row_dual=np.asarray(highs.getSolution().row_dual, dtype=float) + 0.0 if dual else None,
     )
+
+
+def _begin_at(highs: Any, point: Floats | None) -> None:
+    """Offer a first point; HiGHS completes what is missing and drops what is not feasible."""
+    if point is not None:
+        known = np.flatnonzero(np.isfinite(point))
+        highs.setSolution(len(known), known.astype(np.int32), point[known])
 
 
 def _tidy(values: Sequence[float], program: Program) -> Floats:

@@ -24,7 +24,7 @@ LAYERS = (
     ("model", "explain", "output", "tables", "drawing"),
     ("lengths", "catalog", "solution", "steptable"),
     ("arrivals", "trace_data"),
-    ("workload", "hardware", "trace_formats"),
+    ("workload", "rounds", "hardware", "trace_formats"),
     ("machines",),
     ("profiles",),
     ("scenario", "trace_files", "trace_summary", "trace_servegen"),
@@ -48,7 +48,7 @@ LAYERS = (
 )
 RANK = {f"llmopt.{name}": rank for rank, names in enumerate(LAYERS) for name in names}
 POLICIES_MAY = ("errors", "arrays", "lengths", "workload", "hardware", "scenario", "moments", "solution")
-POLICIES_MAY += ("plan", "policy", "stability", "capacity")
+POLICIES_MAY += ("plan", "policy", "stability", "capacity", "rounds")
 HEAVY = ("pandas", "cvxpy", "pyomo", "numba", "matplotlib", "scipy", "highspy")
 
 

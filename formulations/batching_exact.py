@@ -1,0 +1,132 @@
+"""Hindsight by chains and search: the best schedule found within a time limit, and a bound that certifies it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+from time import perf_counter
+from typing import Literal
+
+import numpy as np
+
+from formulations.batching_bounds import area_bound
+from formulations.batching_chain import ChainRelaxation, Multipliers, ascend
+from formulations.batching_search import MOST_REQUESTS, search
+from formulations.batching_start import best_start
+from llmopt.arrays import Bools, Floats, Ints
+from llmopt.errors import ScenarioError
+from llmopt.rounds import Rounds
+
+ROUNDING = 1e-6
+WIDTHS = (300, 3_000, 30_000, 300_000)
+Kind = tuple[float, Literal[3, 4]]
+STAGES: tuple[Kind, ...] = ((0.4, 3), (0.34, 3), (0.34, 4), (0.25, 4))
+
+
+@dataclass(frozen=True, eq=False)
+class Hindsight:
+    """The best schedule known with hindsight, and what is proven of it.
+
+    start: start rounds, shape (n,); latency: its total latency; bound: no schedule has less; seconds: wall-clock.
+    """
+
+    start: Ints
+    latency: int
+    bound: int
+    seconds: float = 0.0
+
+    @property
+    def gap(self) -> float:
+        """(latency - bound) / latency; 0 when proven best."""
+        return max(self.latency - self.bound, 0.0) / max(self.latency, 1)
+
+
+@dataclass(frozen=True)
+class ExactHindsight:
+    """Bound by chains, strike out completions that cannot beat the incumbent, search, repeat with more width.
+
+    time_limit: seconds; iterations: subgradient steps before each search; widths: labels that a search keeps a layer.
+    """
+
+    time_limit: float = 60.0
+    iterations: int = 400
+    widths: tuple[int, ...] = WIDTHS
+    name: str = "exact-hindsight"
+
+    def __post_init__(self) -> None:
+        if not self.time_limit > 0:
+            raise ScenarioError(f"time_limit is {self.time_limit:g} s; give a positive number of seconds")
+
+    def solve(self, instance: Rounds, start: Ints | None = None) -> Hindsight:
+        """The best schedule and bound within the time limit; `start` is a first schedule, else list rules give one."""
+        begin = perf_counter()
+
+        def stop() -> bool:
+            return perf_counter() - begin > self.time_limit
+
+        start = best_start(instance) if start is None else start
+        state = _State(instance, start, area_bound(instance), permitted(instance, instance.horizon))
+        for kind in STAGES:
+            state.tighten(kind, self.iterations // (1 if kind[1] == 3 else 4), stop)
+        for width in self.widths:
+            if state.proven or stop() or len(instance) > MOST_REQUESTS:
+                break
+            state.look(width, stop)
+            state.tighten(STAGES[-1], self.iterations // 4, stop)
+        return Hindsight(state.start, state.latency, state.whole_bound, perf_counter() - begin)
+
+
+def permitted(instance: Rounds, horizon: int) -> Bools:
+    """Completions between arrival + output and the horizon, shape (n, horizon + 1)."""
+    return np.arange(horizon + 1)[None, :] >= (instance.arrival + instance.output)[:, None]
+
+
+class _State:
+    """Incumbent, bound, completions that a better schedule may still use, and the best relaxation for them."""
+
+    def __init__(self, instance: Rounds, start: Ints, bound: float, allowed: Bools) -> None:
+        self.instance, self.start, self.bound, self.allowed = instance, start, bound, allowed
+        self.latency = instance.latency(start)
+        self.kind: Kind = STAGES[0]
+        self.at: Multipliers | None = None
+
+    @property
+    def proven(self) -> bool:
+        """Whether no schedule has a smaller whole latency."""
+        return self.whole_bound >= self.latency
+
+    @property
+    def whole_bound(self) -> int:
+        """Latencies are whole numbers, so that the bound may be rounded up."""
+        return min(ceil(self.bound - ROUNDING), self.latency)
+
+    def relaxation(self) -> ChainRelaxation:
+        """The tightest relaxation so far, over the completions that are left."""
+        return ChainRelaxation(self.instance, self.allowed, *self.kind)
+
+    def tighten(self, kind: Kind, iterations: int, stop: Callable[[], bool]) -> None:
+        """Raise the bound by a relaxation, and strike out completions whose bound is above latency - 1."""
+        if self.proven or stop():
+            return
+        self.kind = kind
+        relaxation = self.relaxation()
+        at = relaxation.adapted(self.at) if self.at else relaxation.start()
+        value, self.at = ascend(relaxation, at, self.latency, iterations, stop)
+        self.bound = max(self.bound, min(value, self.latency))
+        self.strike(relaxation.completion_bounds(self.at))
+
+    def strike(self, bounds: Floats) -> None:
+        """Forget completions that no better schedule uses, and rounds after the last that is left."""
+        self.allowed = self.allowed & (bounds <= self.latency - 1 + ROUNDING)
+        used = np.flatnonzero(self.allowed.any(axis=0))
+        self.allowed = self.allowed[:, : int(used[-1]) + 1 if len(used) else 1]
+
+    def look(self, width: int, stop: Callable[[], bool]) -> None:
+        """Search with the best relaxation; an improved incumbent or a better bound is kept."""
+        assert self.at is not None
+        relaxation = self.relaxation()
+        found = search(relaxation, relaxation.adapted(self.at), self.latency, width, stop)
+        if found.start is not None:
+            self.start, self.latency = found.start, self.instance.latency(found.start)
+        self.bound = max(self.bound, min(found.bound, self.latency))
