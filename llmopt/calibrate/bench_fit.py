@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -34,7 +33,13 @@ WRONG = 0.1
 GAIN = 1.1
 """A capacity is one more parameter: it must reduce the error by this factor."""
 FALL = 1e-3
-"""Relative fall of the error below which a round of the alternation is the last."""
+"""Relative fall of the error below which a round is the last."""
+BURST = 0.05
+"""Where the search starts: a benchmark of ten requests a place, without synchronism."""
+FIXED, START, SHY = 6, np.zeros(4), np.array([0.0, 0.0, 1.0, 0.0])
+"""A point of the search is six parameters, then fixed, steps, together - 1 and burst of the harness."""
+LENGTHS = (1.0, 0.5, 0.25, 0.1, 0.03)
+"""Parts of the way to the solution of a linear program that are tried, as it is exact only near where it was made."""
 
 
 class BenchOptions(InputModel):
@@ -44,7 +49,7 @@ class BenchOptions(InputModel):
     TensorRT-LLM); kv_capacity: KV tokens of a replica (of an attention data-parallel rank) if known, else found in the
     data; pairs: seconds per prefill attention pair if known; ttft_weight: weight of a relative error of TTFT, which
     depends on the harness, against one of TPOT; together_penalty: weight, per point, of each prompt more than one that
-    the harness is said to prefill at once; rounds: most alternations; solve: effort of each linear program.
+    the harness is said to prefill at once; rounds: most linear programs after the first two; solve: effort of each.
     """
 
     token_budget: Annotated[float, Field(gt=0)] = 8192.0
@@ -101,22 +106,25 @@ class Alternation:
         return float(self.weights @ (off + self.options.ttft_weight * late)) * (GAIN if bounded else 1.0)
 
     def _alternate(self, waiting: Bools, capacity: float) -> Model:
-        """Step time and harness in turn, until the error falls no further."""
-        trust = self._trust(waiting)
-        harness = Harness() if self.load.static else Harness(burst=0.05)
-        hidden, best, least = np.zeros(len(self.load), dtype=bool), None, np.inf
+        """Step time and harness in turn, then both together by linear programs around where they are."""
+        trust, hidden = self._trust(waiting), np.zeros(len(self.load), dtype=bool)
+        start = Harness() if self.load.static else Harness(burst=BURST)
+        point = np.append(self._step_time(start, hidden, trust), START)
+        if not self.load.static:
+            point[FIXED:] = self._harness(point, hidden, trust)
+        least, best = self._objective(point, hidden, trust), point
         for _ in range(self.options.rounds):
-            values, fixed = self._step_time(replace(harness, fixed=0.0), hidden, trust)
-            harness = Harness(fixed=fixed) if self.load.static else self._harness(values, hidden, trust)
-            error = self._rows_error(values, harness, hidden, trust)
+            hidden = hides(self.load, best[:FIXED], self.budget)
+            target = self._both(best, hidden, trust)
+            tries = [best + length * (target - best) for length in LENGTHS]
+            errors = [self._objective(at, hidden, trust) for at in tries]
+            error = min(errors)
             if error < least:
-                best = Model(values, harness, capacity, self.budget)
+                best = tries[errors.index(error)]
             if error > least * (1.0 - FALL):
                 break
             least = error
-            hidden = hides(self.load, values, self.budget)
-        assert best is not None
-        return best
+        return Model(best[:FIXED], _harness_of(best), capacity, self.budget)
 
     def _trust(self, waiting: Bools) -> Floats:
         """Weights (n,) of the errors of TTFT."""
@@ -129,53 +137,71 @@ class Alternation:
             return np.asarray(self.weights * counted / max(float(counted.mean()), 1e-300))
         return self.options.ttft_weight * np.where(waiting, 0.0, self.weights)
 
-    def _ttft_rows(self, harness: Harness, hidden: Bools) -> Floats:
+    def _rows(self, harness: Harness, hidden: Bools) -> tuple[Floats, Floats]:
+        """Rows (n, 6) of TPOT and of TTFT, which are linear in the step time's parameters with the harness given."""
+        seen = tpot_rows(self.load, self.share, self.budget, hidden)
         own = ttft_rows(self.load, self.share, self.budget, hidden)
         if self.load.static:
-            return own
-        seen = tpot_rows(self.load, self.share, self.budget, hidden)
+            return seen, own
         prompts = harness.together - 1.0 + harness.burst * self.load.others
-        return np.asarray(own + harness.steps * seen + prompts[:, None] * work(self.load))
+        return seen, np.asarray(own + harness.steps * seen + prompts[:, None] * work(self.load))
 
-    def _step_time(self, harness: Harness, hidden: Bools, trust: Floats) -> tuple[Floats, float]:
-        """Parameters (6,) and the fixed part of TTFT that are best with the rest of the harness given."""
-        n, static = len(self.load), self.load.static
-        tpot = tpot_rows(self.load, self.share, self.budget, hidden)
-        matrix = np.vstack([tpot, self._ttft_rows(harness, hidden)])
-        fixed = np.concatenate([np.zeros(n), np.full(n, 0.0 if static else 1.0)])
-        seconds = np.concatenate([self.tpot, self.ttft])
+    def _slopes(self, point: Floats, hidden: Bools) -> Floats:
+        """What TTFT changes with each number of the harness, with the step time given, (n, 4)."""
+        if self.load.static:
+            return np.zeros((len(self.load), 4))
+        seen = tpot_rows(self.load, self.share, self.budget, hidden) @ point[:FIXED]
+        prompt = work(self.load) @ point[:FIXED]
+        return np.column_stack([np.ones(len(seen)), seen, prompt, self.load.others * prompt])
+
+    def _step_time(self, harness: Harness, hidden: Bools, trust: Floats) -> Floats:
+        """Parameters (6,) that are best with the harness given, but for its fixed part."""
+        tpot, ttft = self._rows(harness, hidden)
+        slopes = self._slopes(np.zeros(FIXED), hidden)[:, :1]
+        return self._solve(tpot, ttft, slopes, self.ttft, trust)[:FIXED]
+
+    def _harness(self, point: Floats, hidden: Bools, trust: Floats) -> Floats:
+        """Numbers of the harness (4,) that are best with the step time given."""
+        own = self._rows(Harness(), hidden)[1] @ point[:FIXED]
+        rows = np.vstack([self._slopes(point, hidden), SHY])
+        target, scale = np.append(self.ttft - own, 0.0), np.append(self.ttft, 1.0)
+        return self._least(rows, target, scale, np.append(trust, self._shy), None)
+
+    def _both(self, point: Floats, hidden: Bools, trust: Floats) -> Floats:
+        """Parameters and harness (10,) that are best to first order around `point`."""
+        tpot, ttft = self._rows(_harness_of(point), hidden)
+        slopes = self._slopes(point, hidden)
+        return self._solve(tpot, ttft, slopes, self.ttft + slopes[:, 1:] @ point[FIXED + 1 :], trust)
+
+    def _solve(self, tpot: Floats, ttft: Floats, slopes: Floats, target: Floats, trust: Floats) -> Floats:
+        """Parameters, then numbers of the harness, for tpot @ x = TPOT and ttft @ x + slopes @ h = target."""
+        n, kept = len(self.load), slopes.shape[1]
+        matrix = np.block([[tpot, np.zeros((n, kept))], [ttft, slopes]])
+        seconds, target = np.concatenate([self.tpot, self.ttft]), np.concatenate([self.tpot, target])
         weights = np.concatenate([self.weights, trust])
         known = 0.0 if self.options.pairs is None else self.options.pairs
-        rest = seconds - known * matrix[:, PAIRS]
+        target = target - known * matrix[:, PAIRS]
         if self.options.pairs is not None:
             matrix[:, PAIRS] = 0.0
-        found = self._least(np.column_stack([matrix, fixed]), rest, seconds, weights, (BASE, HIDDEN))
+        if kept == len(START):
+            shy = np.concatenate([np.zeros(FIXED), SHY])
+            matrix, target = np.vstack([matrix, shy]), np.append(target, 0.0)
+            seconds, weights = np.append(seconds, 1.0), np.append(weights, self._shy)
+        found = self._least(matrix, target, seconds, weights, (BASE, HIDDEN))
         found[PAIRS] += known
-        return found[:-1], float(found[-1])
+        return found
 
-    def _harness(self, values: Floats, hidden: Bools, trust: Floats) -> Harness:
-        """The harness that is best with the step time given."""
-        n = len(self.load)
-        own = ttft_rows(self.load, self.share, self.budget, hidden) @ values
-        seen = tpot_rows(self.load, self.share, self.budget, hidden) @ values
-        prompt = work(self.load) @ values
-        rows = np.column_stack([np.ones(n), seen, prompt, self.load.others * prompt])
-        rows = np.vstack([rows, [0.0, 0.0, 1.0, 0.0]])
-        target, scale = np.append(self.ttft - own, 0.0), np.append(self.ttft, 1.0)
-        fixed, steps, more, burst = self._least(rows, target, scale, np.append(trust, self._shy), None).tolist()
-        return Harness(fixed, steps, 1.0 + more, burst)
+    def _objective(self, point: Floats, hidden: Bools, trust: Floats) -> float:
+        """What the programs minimise: weighted relative errors, and a little for each prompt prefilled together."""
+        tpot, ttft = self._rows(_harness_of(point), hidden)
+        off = np.abs(tpot @ point[:FIXED] / self.tpot - 1.0)
+        late = np.abs((ttft @ point[:FIXED] + point[FIXED]) / self.ttft - 1.0)
+        return float(self.weights @ off + trust @ late + self._shy * point[FIXED + 2])
 
     @property
     def _shy(self) -> float:
         """Weight of each prompt more than one that is said to be prefilled at once."""
         return max(self.options.together_penalty * self.options.ttft_weight * float(self.weights.sum()), 1e-9)
-
-    def _rows_error(self, values: Floats, harness: Harness, hidden: Bools, trust: Floats) -> float:
-        """The objective of both programs at these parameters."""
-        tpot = tpot_rows(self.load, self.share, self.budget, hidden) @ values
-        ttft = self._ttft_rows(harness, hidden) @ values + harness.fixed
-        off, late = np.abs(tpot / self.tpot - 1.0), np.abs(ttft / self.ttft - 1.0)
-        return float(self.weights @ off + trust @ late + self._shy * (harness.together - 1.0))
 
     def _least(
         self, matrix: Floats, target: Floats, scale: Floats, weights: Floats, ordered: tuple[int, int] | None
@@ -186,6 +212,11 @@ class Alternation:
         )
         self.solves += 1
         return found
+
+
+def _harness_of(point: Floats) -> Harness:
+    fixed, steps, more, burst = point[FIXED:].tolist()
+    return Harness(fixed, steps, 1.0 + more, burst)
 
 
 def least_absolute(
