@@ -11,6 +11,7 @@ from llmopt.evaluate.run import ReplicaTotals, SimRun
 from llmopt.plan import STATE_FEATURES, Plan, Router
 from llmopt.scenario import Pool, Scenario
 from llmopt.workload import Requests
+from tests.oracle_engine import Order, Scheduler, StepPlan, is_measured, table_seconds
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Job:
     life: int = 0
     preemptions: int = 0
     replica: int = -1
+    queued: float = math.nan
     scheduled: float = math.nan
     first_token: float = math.nan
     finish: float = math.nan
@@ -36,7 +38,7 @@ class Job:
 
 @dataclass
 class Replica:
-    """One engine; `take` holds the tokens of the step under way, None between steps."""
+    """One engine as the world sees it; `plan` is the step under way, `ahead` what is planned for the step after it."""
 
     pool: Pool
     number: int
@@ -45,26 +47,24 @@ class Replica:
     end: float = 0.0
     waiting: list[Job] = field(default_factory=list)
     running: list[Job] = field(default_factory=list)
-    take: dict[int, int] | None = None
+    plan: StepPlan | None = None
+    ahead: StepPlan | None = None
     totals: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.scheduler = Scheduler(self.pool)
 
     def add(self, key: str, amount: float) -> None:
         self.totals[key] = self.totals.get(key, 0) + amount
 
-    def blocks(self, tokens: int) -> int:
-        return math.ceil((tokens + self.pool.lookahead_slots) / self.pool.block_size)
-
     def held(self, job: Job) -> int:
         """Blocks of a running request, those for its tokens of this step included."""
         if self.pool.preemption == "reserve":
-            return self.blocks(job.prompt + job.output - self.pool.first_step)
-        return self.blocks(job.computed + (self.take or {}).get(job.number, 0))
-
-    def free(self) -> int:
-        return self.pool.kv_blocks - sum(self.held(job) for job in self.running)
+            return self.scheduler.blocks(job.prompt + job.output - self.pool.first_step)
+        return self.scheduler.blocks(job.computed + (self.plan.take.get(job.number, 0) if self.plan else 0))
 
     def kv_tokens(self) -> int:
-        return (self.pool.kv_blocks - self.free()) * self.pool.block_size
+        return sum(self.held(job) for job in self.running) * self.pool.block_size
 
     def outstanding(self) -> int:
         jobs = self.waiting + self.running
@@ -73,82 +73,44 @@ class Replica:
     def arrive(self, job: Job, time: float) -> None:
         if not self.waiting and not self.running:
             self.clock = max(self.clock, time)
-        job.replica = self.number
+        job.replica, job.queued = self.number, time if self.plan is None else self.end
         self.waiting.append(job)
+        self.scheduler.waiting.append(Order(job.number, job.prompt, job.output, job.prompt))
 
     def advance(self, until: float) -> None:
         """Begin every step that starts before `until`, complete every step that ends by `until`."""
         while True:
-            if self.take is not None:
+            if self.plan is not None:
                 if self.end > until:
                     return
-                self.complete()
+                self.complete(self.plan)
             if self.clock >= until or not (self.waiting or self.running):
                 return
-            self.begin()
+            plan = self.ahead
+            if plan is None or not plan.take:
+                # nothing could be planned ahead; what was preempted in vain stays preempted
+                plan, vain = self.scheduler.plan(), plan.preempted if plan else []
+                plan.preempted = vain + plan.preempted
+            self.begin(plan)
+            self.ahead = self.scheduler.plan() if self.pool.async_scheduling else None
 
-    def wants(self, job: Job, budget: int) -> int:
-        return min(job.target - job.computed if job.prefilling else 1, self.pool.chunk, budget)
-
-    def begin(self) -> None:
-        """Schedule a step at the clock."""
-        self.take = {}
-        budget, preempted = self.pool.token_budget, False
-        for job in list(self.running):
-            if job not in self.running or budget == 0:
-                break
-            tokens = self.wants(job, budget)
-            more = self.blocks(job.computed + tokens) - self.blocks(job.computed)
-            while self.pool.preemption != "reserve" and job in self.running and more > self.free():
-                self.preempt(self.running.pop())
-                preempted = True
-            if job in self.running:
-                self.take[job.number] = tokens
-                budget -= tokens
-        while not preempted and self.waiting and budget > 0 and len(self.running) < self.pool.max_batch:
-            job = self.waiting[0]
-            tokens = self.wants(job, budget)
-            if not self.admissible(job, tokens):
-                break
-            self.running.append(self.waiting.pop(0))
-            self.take[job.number] = tokens
-            budget -= tokens
+    def begin(self, plan: StepPlan) -> None:
+        """Start a planned step at the clock."""
+        for number in plan.preempted:
+            job = next(j for j in self.running if j.number == number)
+            self.running.remove(job)
+            self.preempt(job)
+        for number, computed in plan.admitted:
+            job = self.waiting.pop(0)
+            assert job.number == number
+            job.computed = computed
+            self.running.append(job)
             if math.isnan(job.scheduled):
                 job.scheduled = self.clock
-        self.end = self.clock + self.duration()
+        self.plan = plan
+        self.end = self.clock + self.duration(plan.take)
 
-    def admissible(self, job: Job, tokens: int) -> bool:
-        if self.pool.preemption == "reserve":
-            return self.held(job) <= self.free()
-        if self.pool.preemption == "lookahead":
-            return self.projection_fits(job, tokens)
-        return self.blocks(max(job.target, job.computed + tokens)) <= self.free()
-
-    def projection_fits(self, candidate: Job, tokens: int) -> bool:
-        """Play the running requests and the candidate forward, step by step, with nobody else."""
-        take = {**(self.take or {}), candidate.number: tokens}
-        # one row per request: computed, emitted, output, target, prefilling
-        rows = [[j.computed, j.emitted, j.output, j.target, j.prefilling] for j in [*self.running, candidate]]
-        first = [take.get(j.number, 0) for j in [*self.running, candidate]]
-        step = 0
-        while rows:
-            for i, row in enumerate(rows):
-                computed, _, _, target, prefilling = row
-                tokens = first[i] if step == 0 else min(target - computed, self.pool.chunk) if prefilling else 1
-                row[0] += tokens
-                if prefilling and row[0] == target:
-                    row[1] += self.pool.first_step
-                    row[4] = False
-                elif not prefilling:
-                    row[1] += tokens
-            if sum(self.blocks(row[0]) for row in rows) > self.pool.kv_blocks:
-                return False
-            rows = [row for row in rows if row[1] < row[2]]
-            step += 1
-        return True
-
-    def duration(self) -> float:
-        take = self.take or {}
+    def duration(self, take: dict[int, int]) -> float:
         prefill = decode = kv = 0
         pairs = 0.0
         for job in self.running:
@@ -161,7 +123,10 @@ class Replica:
                 kv += computed
         self.add("prefill_tokens", prefill)
         self.add("decode_tokens", decode)
-        return self.pool.stepper(prefill, decode, kv, pairs)
+        if self.pool.table is None:
+            return self.pool.stepper(prefill, decode, kv, pairs)
+        self.add("extrapolated", not is_measured(self.pool.table, prefill, decode, kv, pairs))
+        return table_seconds(self.pool.table, prefill, decode, kv, pairs) + self.pool.host_overhead
 
     def preempt(self, job: Job) -> None:
         job.preemptions += 1
@@ -177,11 +142,11 @@ class Replica:
             self.add("wasted", job.attempt)
         job.computed, job.target, job.prefilling, job.attempt = 0, job.prompt + job.emitted, True, 0
 
-    def complete(self) -> None:
+    def complete(self, plan: StepPlan) -> None:
         """End the step under way."""
-        take, e = self.take or {}, self.pool.first_step
+        e = self.pool.first_step
         for job in self.running:
-            tokens = take.get(job.number, 0)
+            tokens = plan.take.get(job.number, 0)
             was_prefilling, before = job.prefilling, job.emitted
             job.computed += tokens
             job.life += job.computed
@@ -204,8 +169,9 @@ class Replica:
         self.add("busy", self.end - self.clock)
         self.add("steps", 1)
         self.totals["peak"] = max(self.totals.get("peak", 0), used)
+        self.scheduler.end([job.number for job in self.running if job.emitted == job.output])
         self.running = [job for job in self.running if job.emitted < job.output]
-        self.take, self.clock = None, self.end
+        self.plan, self.clock = None, self.end
 
 
 class Dispatcher:
@@ -282,7 +248,7 @@ def _collect(requests: Requests, jobs: list[Job], replicas: list[Replica]) -> Si
     def floats(key: str) -> np.ndarray:
         return np.array([r.totals.get(key, 0.0) for r in replicas], dtype=float)
 
-    whole = ("steps", "prefill_tokens", "decode_tokens", "preemptions", "held", "wasted", "peak")
+    whole = ("steps", "prefill_tokens", "decode_tokens", "preemptions", "held", "wasted", "peak", "extrapolated")
     totals = ReplicaTotals(
         pool=np.array([r.pool_number for r in replicas]),
         busy=floats("busy"),
@@ -292,6 +258,7 @@ def _collect(requests: Requests, jobs: list[Job], replicas: list[Replica]) -> Si
     return SimRun(
         requests,
         replica=np.array([j.replica for j in jobs], dtype=np.int64),
+        queued=np.array([j.queued for j in jobs], dtype=float),
         scheduled=np.array([j.scheduled for j in jobs], dtype=float),
         first_token=np.array([j.first_token for j in jobs], dtype=float),
         finish=np.array([j.finish for j in jobs], dtype=float),

@@ -11,6 +11,7 @@ import numpy as np
 from llmopt.evaluate.run import SimRun
 from llmopt.plan import STATE_FEATURES, Router, index_router
 from llmopt.scenario import Scenario
+from llmopt.steptable import StepTable
 from llmopt.workload import Requests
 
 MODES = ("reserve", "lookahead", "recompute", "swap", "restart")
@@ -32,6 +33,76 @@ def piece(draw: st.DrawFn) -> dict[str, float]:
     return drawn if any(drawn.values()) else {"base": 0.125}
 
 
+def exact_table(rng: np.random.Generator) -> StepTable:
+    """A table whose step times are binary fractions: knots at powers of 2, and nothing depends on quotients."""
+    batch, chunk, zero = np.array([0.0, 2.0, 8.0]), np.array([1.0, 2.0, 8.0, 16.0]), np.zeros(1)
+    mixed = np.cumsum(rng.integers(0, 8, (4, 1, 3, 1)), axis=2) / 256.0
+    mixed[:, :, 0] = 0.125
+    return StepTable(
+        tokens=np.array([1.0, 2.0, 4.0, 8.0, 16.0]),
+        token_time=np.cumsum(rng.integers(0, 8, 5)) / 128.0,
+        sequences=np.array([1.0, 2.0, 4.0]),
+        sequence_time=np.cumsum(rng.integers(0, 4, 3)) / 256.0,
+        decode_batch=batch,
+        decode_context=zero,
+        decode_time=np.cumsum(rng.integers(0, 4, (3, 1)), axis=0) / 256.0,
+        chunk=chunk,
+        cached=zero,
+        mixed_batch=batch,
+        mixed_context=zero,
+        mixed_time=mixed,
+    )
+
+
+def random_table(rng: np.random.Generator, monotone: bool = True) -> StepTable:
+    """A table with random knots and times, of one knot on some axes, whose measured ranges may end before its knots."""
+
+    def axis(first: float = 1.0) -> np.ndarray:
+        return first + np.cumsum(rng.uniform(0.5, 12.0, rng.integers(1, 5))) - rng.choice([0.0, 1.0])
+
+    def times(*axes: np.ndarray) -> np.ndarray:
+        values = rng.uniform(0.001, 0.02, [len(a) for a in axes])
+        for d in range(len(axes) if monotone else 0):
+            values = np.cumsum(values, axis=d)
+        return values
+
+    tokens, sequences, batch, context, chunk, cached, mixed_context = (axis() for _ in range(7))
+    mixed_batch = np.concatenate([[0.0], axis()])
+    axes = (tokens, sequences, batch, context, chunk, cached, mixed_batch, mixed_context)
+    limits = tuple(float(a[-1]) - rng.choice([0.0, 2.0]) for a in axes) if rng.random() < 0.5 else ()
+    return StepTable(
+        tokens=tokens,
+        token_time=times(tokens),
+        sequences=sequences,
+        sequence_time=times(sequences),
+        decode_batch=batch,
+        decode_context=context,
+        decode_time=times(batch, context),
+        chunk=chunk,
+        cached=cached,
+        mixed_batch=mixed_batch,
+        mixed_context=mixed_context,
+        mixed_time=times(chunk, cached, mixed_batch, mixed_context),
+        limits=limits,
+    )
+
+
+TABLES = {"exact": exact_table, "rising": random_table, "any": lambda rng: random_table(rng, monotone=False)}
+
+
+@st.composite
+def engine_options(draw: st.DrawFn, mode: str) -> dict[str, Any]:
+    """What a real engine has besides the basic rules, every combination of it."""
+    kind = draw(st.sampled_from([None, None, *TABLES]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)) if kind else 0)
+    return {
+        "table": TABLES[kind](rng) if kind else None,
+        "host_overhead": draw(st.sampled_from([0.0, 0.0078125])),
+        "async_scheduling": draw(st.booleans()),
+        "prefix_caching": mode == "recompute" and draw(st.booleans()),
+    }
+
+
 @st.composite
 def pools(draw: st.DrawFn) -> list[dict[str, Any]]:
     made = []
@@ -51,6 +122,7 @@ def pools(draw: st.DrawFn) -> list[dict[str, Any]]:
         }
         if draw(st.booleans()):
             pool["prefill_chunk"] = draw(st.integers(1, 12))
+        pool |= draw(engine_options(pool["preemption"]))
         made.append(pool)
     return made
 
@@ -92,9 +164,20 @@ def build(pool_rows: list[dict[str, Any]], horizon: float = 10.0) -> Scenario:
 def assert_same(ours: SimRun, truth: SimRun) -> None:
     for name in ("replica", "preemptions"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(truth, name), name)
-    for name in ("scheduled", "first_token", "finish"):
+    for name in ("queued", "scheduled", "first_token", "finish"):
         np.testing.assert_allclose(getattr(ours, name), getattr(truth, name), rtol=1e-9, atol=1e-9, err_msg=name)
-    for name in ("pool", "steps", "prefill_tokens", "decode_tokens", "preemptions", "held", "wasted", "peak"):
+    whole = (
+        "pool",
+        "steps",
+        "prefill_tokens",
+        "decode_tokens",
+        "preemptions",
+        "held",
+        "wasted",
+        "peak",
+        "extrapolated",
+    )
+    for name in whole:
         np.testing.assert_array_equal(getattr(ours.replicas, name), getattr(truth.replicas, name), name)
     for name in ("busy", "held_time"):
         np.testing.assert_allclose(getattr(ours.replicas, name), getattr(truth.replicas, name), rtol=1e-9, err_msg=name)

@@ -69,9 +69,11 @@ def run(
         wasted=np.array([10, 0, 25]),
         held_time=np.array([4000.0, 1000.0, 1000.0]),
         peak=np.array([900, 100, 500]),
+        extrapolated=np.zeros(3, np.int64),
     )
     where = zeros if replica is None else np.array(replica)
-    return SimRun(requests, where, np.array(scheduled), np.array(first), np.array(finish), zeros + 1, totals, "hand")
+    times = (requests.arrival, np.array(scheduled), np.array(first), np.array(finish))
+    return SimRun(requests, where, *times, zeros + 1, totals, "hand")
 
 
 def test_only_requests_that_arrive_after_the_warmup_and_before_the_horizon_are_measured_to_their_end():

@@ -10,14 +10,15 @@ import numpy as np
 from llmopt.arrays import Floats, Ints
 from llmopt.evaluate.kernel_route import Routing, drain, look, run
 from llmopt.evaluate.kernel_step import advance, arrive
-from llmopt.evaluate.kernel_types import Table, World, build_world, compiled
+from llmopt.evaluate.kernel_types import Table, World, compiled
+from llmopt.evaluate.kernel_world import build_world
 from llmopt.evaluate.run import ReplicaTotals, SimRun
 from llmopt.plan import STATE_FEATURES
 from llmopt.scenario import Pool
 from llmopt.workload import Requests
 
 TOTALS = tuple(field.name for field in fields(ReplicaTotals))
-RESULTS = {"replica", "scheduled", "first_token", "finish", "preemptions", *TOTALS}
+RESULTS = {"replica", "queued", "scheduled", "first_token", "finish", "preemptions", *TOTALS}
 """Fields of the tables that are results."""
 
 
@@ -59,6 +60,7 @@ def collect(core: str, requests: Requests, reqs: Table, reps: Table) -> SimRun:
     return SimRun(
         requests,
         replica=reqs["replica"].astype(np.int64),
+        queued=reqs["queued"].copy(),
         scheduled=reqs["scheduled"].copy(),
         first_token=reqs["first_token"].copy(),
         finish=reqs["finish"].copy(),

@@ -15,7 +15,8 @@ from llmopt.evaluate.kernel_types import NEVER, NONE, World, compiled
 def steps_to_wait(world: World, rep: Any, i: int) -> int:
     """0 if candidate `i` fits to the end, else a number of steps before which it cannot fit.
 
-    Memory in use grows between two ends, so it is enough to look at the steps in which some request ends.
+    Memory in use grows between two ends, so it is enough to look at the steps in which some request ends, and at the
+    next one if blocks are freed too late for it.
     """
     reqs = world.reqs
     classes = world.scratch
@@ -24,6 +25,10 @@ def steps_to_wait(world: World, rep: Any, i: int) -> int:
     active = rep.gliding
     total = rep.kv + (rep.slots - rep.steps) * active
     t = rep.steps
+    if rep.late_blocks > 0:
+        room = rep.blocks - rep.late_blocks - singles_at(world, rep, t + 1)
+        if room - gliders_at(classes, rep.block, active, total, t + 1) < candidate_at(rep, reqs[i], t + 1):
+            return 1
     while True:
         due = next_due(world, rep, t) if active > 0 else NEVER
         t = min(due, next_single_end(world, rep, i, t))

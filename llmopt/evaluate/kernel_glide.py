@@ -10,7 +10,8 @@ import numpy as np
 
 from llmopt.arrays import Floats
 from llmopt.evaluate.kernel_lists import join_bucket, leave_batch, leave_bucket, next_due, take_bucket
-from llmopt.evaluate.kernel_types import NEVER, NONE, RESERVE, World, compiled, inlined
+from llmopt.evaluate.kernel_table import table_stretch, unmeasured
+from llmopt.evaluate.kernel_types import COEFFICIENTS, NEVER, NONE, RESERVE, World, compiled, inlined
 
 
 @compiled
@@ -25,6 +26,28 @@ def held_by(rep: Any, req: Any, tokens: int) -> int:
     if rep.mode == RESERVE:
         return blocks_of(rep, req.prompt + req.output - rep.first_step)
     return blocks_of(rep, tokens)
+
+
+@compiled
+def give_back(rep: Any, blocks: int) -> None:
+    """Free the blocks of a request that has ended; a schedule formed ahead does not know of it yet."""
+    rep.used -= blocks
+    if rep.ahead:
+        rep.late_blocks += blocks
+        rep.late_slots += 1
+    else:
+        rep.pushed += blocks
+
+
+@compiled
+def catch_up(rep: Any) -> None:
+    """Let the next schedule know what has ended and arrived up to now."""
+    if rep.late_slots > 0:
+        rep.pushed += rep.late_blocks
+        rep.late_blocks = 0
+        rep.late_slots = 0
+        rep.retry = 0
+    rep.fresh = 0
 
 
 @compiled
@@ -70,7 +93,7 @@ def finish_due(world: World, rep: Any) -> None:
         world.classes[rep.classes + (req.offset + rep.slots) % rep.block] -= 1
         rep.gliding -= 1
         rep.kv -= computed
-        rep.used -= held_by(rep, req, computed)
+        give_back(rep, held_by(rep, req, computed))
         leave_batch(world, rep, i)
         i = req.link_next
 
@@ -97,19 +120,26 @@ def glide(world: World, rep: Any, until: float) -> int:
         most = min(most, rep.retry - rep.steps)
         if most <= 0:
             return 0
-    steps, seconds, held_time = coast(world.pieces, rep, most, until)
+    if rep.late_slots + rep.fresh > 0:
+        # nobody can be admitted before `retry`: what the next schedule does not know matters only if memory runs out
+        if rep.used + rep.late_blocks + rep.gliding > rep.blocks:
+            return 0
+        catch_up(rep)
+    steps, seconds, held_time = coast(world.costs, rep, most, until)
     if rep.mode != RESERVE:
         room = growth(world, rep, steps)
         if room == 0:
             return 0
         if room < steps:
-            steps, seconds, held_time = coast(world.pieces, rep, room, np.inf)
+            steps, seconds, held_time = coast(world.costs, rep, room, np.inf)
     gliding = rep.gliding
     tokens = steps * gliding
     rep.held += steps * rep.kv + gliding * (steps * (steps + 1) // 2)
     rep.held_time += held_time
     rep.busy += seconds
     rep.clock += seconds
+    if rep.table != NONE:
+        rep.extrapolated += unmeasured(world.costs, rep, steps)
     rep.steps += steps
     rep.decode_tokens += tokens
     rep.outstanding -= tokens
@@ -144,11 +174,12 @@ def growth(world: World, rep: Any, steps: int) -> int:
 
 
 @inlined
-def coast(pieces: Floats, rep: Any, most: int, until: float) -> tuple[int, float, float]:
+def coast(costs: Floats, rep: Any, most: int, until: float) -> tuple[int, float, float]:
     """Sum the step times of up to `most` decode steps that start before `until`.
 
     With D gliding requests that read K tokens, step j takes max_i (a_i + d_i D + k_i (K + j D)): piece by piece of
-    this upper envelope the sums are closed forms. Returns steps, seconds, and token-seconds of KV memory in use.
+    this upper envelope the sums are closed forms, and likewise between two knots of a table's context. Returns steps,
+    seconds, and token-seconds of KV memory in use.
     """
     gliding = rep.gliding
     made = 0
@@ -156,7 +187,10 @@ def coast(pieces: Floats, rep: Any, most: int, until: float) -> tuple[int, float
     held_time = 0.0
     while made < most:
         kv = float(rep.kv + made * gliding)
-        base, slope, length = steepest(pieces, rep, kv, most - made)
+        if rep.table == NONE:
+            base, slope, length = steepest(costs, rep, kv, most - made)
+        else:
+            base, slope, length = table_stretch(costs, rep, kv, most - made)
         start = rep.clock + seconds
         span = stretch(base, slope, length)
         if start + span >= until:
@@ -179,25 +213,23 @@ def stretch(base: float, slope: float, steps: int) -> float:
 
 
 @inlined
-def steepest(pieces: Floats, rep: Any, kv: float, most: int) -> tuple[float, float, int]:
+def steepest(costs: Floats, rep: Any, kv: float, most: int) -> tuple[float, float, int]:
     """The longest piece when `kv` tokens are read: its step time, its slope, and for how many steps it stays so."""
     gliding = rep.gliding
     base = -1.0
     slope = 0.0
-    for k in range(rep.piece, rep.piece + rep.pieces):
-        p = pieces[k]
-        value = p[0] + p[2] * gliding + p[3] * kv
-        if value > base or (value == base and p[3] * gliding > slope):
+    for k in range(rep.piece, rep.piece + COEFFICIENTS * rep.pieces, COEFFICIENTS):
+        value = costs[k] + costs[k + 2] * gliding + costs[k + 3] * kv
+        if value > base or (value == base and costs[k + 3] * gliding > slope):
             base = value
-            slope = p[3] * gliding
+            slope = costs[k + 3] * gliding
     if rep.pieces == 1:
         return base, slope, most
     length = most
-    for k in range(rep.piece, rep.piece + rep.pieces):
-        p = pieces[k]
-        rise = p[3] * gliding - slope
+    for k in range(rep.piece, rep.piece + COEFFICIENTS * rep.pieces, COEFFICIENTS):
+        rise = costs[k + 3] * gliding - slope
         if rise > 0.0:
-            gap = base - p[0] - p[2] * gliding - p[3] * kv
+            gap = base - costs[k] - costs[k + 2] * gliding - costs[k + 3] * kv
             if gap < rise * length:
                 length = max(1, math.ceil(gap / rise))
     return base, slope, length

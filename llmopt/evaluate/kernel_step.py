@@ -7,9 +7,12 @@ import math
 from typing import Any
 
 from llmopt.evaluate.kernel_ahead import steps_to_wait
+from llmopt.evaluate.kernel_cache import find_blocks, leave_blocks
 from llmopt.evaluate.kernel_glide import (
     blocks_of,
+    catch_up,
     finish_due,
+    give_back,
     glide,
     held_by,
     show,
@@ -17,7 +20,19 @@ from llmopt.evaluate.kernel_glide import (
     stop_gliding,
 )
 from llmopt.evaluate.kernel_lists import join_batch, join_singles, leave_batch, leave_singles, queue, requeue
-from llmopt.evaluate.kernel_types import LOOKAHEAD, NEVER, NONE, RESERVE, RESTART, SWAP, World, compiled, inlined
+from llmopt.evaluate.kernel_table import read_table
+from llmopt.evaluate.kernel_types import (
+    COEFFICIENTS,
+    LOOKAHEAD,
+    NEVER,
+    NONE,
+    RESERVE,
+    RESTART,
+    SWAP,
+    World,
+    compiled,
+    inlined,
+)
 
 
 @compiled
@@ -27,6 +42,11 @@ def advance(world: World, r: int, until: float) -> None:
     while rep.clock < until and rep.waiting + rep.running > 0:
         if rep.single_head != NONE or rep.gliding == 0 or glide(world, rep, until) == 0:
             schedule(world, rep)
+            if rep.ahead:
+                catch_up(rep)
+                if rep.running == 0:
+                    # nothing could run with what was known one step ago: schedule again with what is known now
+                    continue
             seconds = duration(world, rep)
             show(rep, rep.outstanding)
             complete(world, rep, seconds)
@@ -41,6 +61,8 @@ def arrive(world: World, r: int, i: int, time: float) -> None:
     if rep.waiting == 0:
         rep.retry = 0
     req.replica = r
+    req.queued = rep.clock
+    rep.fresh += rep.ahead
     queue(world, rep, i)
     rep.seen_waiting += 1
     rep.outstanding += req.prompt + req.output
@@ -59,11 +81,11 @@ def schedule(world: World, rep: Any) -> None:
             rep.need += blocks_of(rep, req.computed + req.taken) - blocks_of(rep, req.computed)
             i = req.link_next
     preempted = False
-    while rep.need > rep.blocks - rep.used:
+    while rep.need > rep.blocks - rep.used - rep.late_blocks:
         preempt(world, rep, rep.batch_tail)
         preempted = True
     rep.used += rep.need
-    if not preempted and rep.waiting > 0 and rep.steps >= rep.retry:
+    if not preempted and rep.waiting > rep.fresh and rep.steps >= rep.retry:
         admit(world, rep, left)
 
 
@@ -106,7 +128,11 @@ def preempt(world: World, rep: Any, i: int) -> None:
         leave_singles(world, rep, i)
         rep.single_kv -= req.computed
     leave_batch(world, rep, i)
-    rep.used -= blocks_of(rep, req.computed)
+    blocks = blocks_of(rep, req.computed)
+    rep.used -= blocks
+    rep.pushed += blocks
+    if rep.caching:
+        leave_blocks(rep, req)
     requeue(world, rep, i)
     rep.retry = 0
     req.preemptions += 1
@@ -134,8 +160,8 @@ def forget(rep: Any, req: Any) -> None:
 @inlined
 def admit(world: World, rep: Any, left: int) -> None:
     """Admit from the head of the queue while budget, batch slots and memory allow."""
-    while rep.waiting > 0:
-        if rep.running >= rep.max_batch:
+    while rep.waiting > rep.fresh:
+        if rep.running + rep.late_slots >= rep.max_batch:
             rep.retry = NEVER
             return
         if left == 0:
@@ -146,6 +172,9 @@ def admit(world: World, rep: Any, left: int) -> None:
         req.taken = min(demand(rep, req), left)
         if not fits_now(world, rep, i):
             return
+        if rep.caching and req.full > 0:
+            find_blocks(rep, req)
+            req.taken = min(demand(rep, req), left)
         join_batch(world, rep)
         left -= req.taken
         rep.used += held_by(rep, req, req.computed + req.taken)
@@ -169,7 +198,7 @@ def fits_now(world: World, rep: Any, i: int) -> bool:
         rep.retry = rep.steps + wait
         return False
     needed = held_by(rep, req, max(req.target, req.computed + req.taken))
-    if needed <= rep.blocks - rep.used:
+    if needed <= rep.blocks - rep.used - rep.late_blocks:
         return True
     rep.retry = NEVER
     return False
@@ -192,10 +221,12 @@ def duration(world: World, rep: Any) -> float:
             rep.decode += 1
             kv += req.computed
         i = req.link_next
+    if rep.table != NONE:
+        return read_table(world.costs, rep, float(kv), pairs)
     longest = 0.0
-    p = world.pieces
-    for k in range(rep.piece, rep.piece + rep.pieces):
-        seconds = p[k][0] + p[k][1] * rep.prefill + p[k][2] * rep.decode + p[k][3] * kv + p[k][4] * pairs
+    p = world.costs
+    for k in range(rep.piece, rep.piece + COEFFICIENTS * rep.pieces, COEFFICIENTS):
+        seconds = p[k] + p[k + 1] * rep.prefill + p[k + 2] * rep.decode + p[k + 3] * kv + p[k + 4] * pairs
         longest = max(longest, seconds)
     return longest
 
@@ -252,7 +283,7 @@ def step_single(world: World, rep: Any, i: int) -> None:
         start_gliding(world, rep, i)
         return
     req.finish = rep.clock
-    rep.used -= held_by(rep, req, req.computed)
+    give_back(rep, held_by(rep, req, req.computed))
     if rep.retry == NEVER:
         rep.retry = 0
     leave_batch(world, rep, i)

@@ -8,7 +8,7 @@ count and it ends when that count reaches `due`. Gliding requests are never touc
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast, get_args
 
@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmopt.arrays import Floats, Ints
-from llmopt.scenario import Pool, Preemption
-from llmopt.workload import Requests
+from llmopt.scenario import Preemption
 
 F = TypeVar("F", bound=Callable[..., Any])
 Table = NDArray[np.void]
@@ -26,6 +25,8 @@ MODES: tuple[str, ...] = get_args(Preemption)
 RESERVE, LOOKAHEAD, RECOMPUTE, SWAP, RESTART = range(5)
 NONE = -1
 NEVER = 2**62
+COEFFICIENTS = 5
+"""Numbers per piece of a step time."""
 WORD = 32
 """Ring slots per word of the occupancy bits."""
 
@@ -35,11 +36,14 @@ argument types is never older than any of the files it was built from (numba its
 
 REQUEST = np.dtype(
     [
-        *((name, "f8") for name in ("arrival", "scheduled", "first_token", "finish")),
+        *((name, "f8") for name in ("arrival", "queued", "scheduled", "first_token", "finish")),
         # token-steps held by the current prefill, or (restart) by this life; see `start_gliding` for gliding requests
         ("area", "i8"),
         ("offset", "i8"),
         ("due", "i8"),
+        # after a preemption: end of its blocks' places in the queue of free blocks, and how many of them are full
+        ("segment", "i8"),
+        ("full", "i4"),
         *((name, "i4") for name in ("prompt", "output", "computed", "emitted", "target", "taken")),
         *((name, "i4") for name in ("preemptions", "replica")),
         # neighbours in the queue or the batch; neighbours in the list of singles or in a bucket of the ring
@@ -53,14 +57,22 @@ REPLICA = np.dtype(
     [
         *((name, "i8") for name in ("pool", "mode", "first_step", "block", "slots", "blocks")),
         *((name, "i8") for name in ("chunk", "budget", "max_batch", "piece", "pieces")),
-        # where this replica's part of the flat arrays starts; the ring's size is mask + 1
-        *((name, "i8") for name in ("ring", "mask", "bits", "classes")),
+        # 1 if schedules are formed one step ahead; 1 if a preempted request may find its blocks again
+        *((name, "i8") for name in ("ahead", "caching")),
+        # where this replica's part of the flat arrays starts (table: NONE without one); the ring's size is mask + 1
+        *((name, "i8") for name in ("ring", "mask", "bits", "classes", "table")),
+        # seconds of every step that are not in its table
+        ("host", "f8"),
         # end of the last step, which is the start of the next; when the queue was last emptied
         ("clock", "f8"),
         ("drained", "f8"),
         *((name, "i8") for name in ("waiting", "running", "gliding")),
         *((name, "i8") for name in ("queue_head", "queue_tail", "batch_head", "batch_tail")),
         *((name, "i8") for name in ("single_head", "single_tail")),
+        # scheduling ahead, in the next schedule: requests too new to be seen, blocks and batch slots freed too late
+        *((name, "i8") for name in ("fresh", "late_blocks", "late_slots")),
+        # blocks ever put into the queue of free blocks
+        ("pushed", "i8"),
         # blocks held; outstanding tokens; computed tokens of the gliding requests and of the singles
         *((name, "i8") for name in ("used", "outstanding", "kv", "single_kv")),
         # what a router sees before the clock, while the last step is under way
@@ -70,7 +82,7 @@ REPLICA = np.dtype(
         # the last step: tokens, and new blocks of the requests that ran before it
         *((name, "i8") for name in ("prefill", "decode", "need")),
         *((name, "i8") for name in ("steps", "prefill_tokens", "decode_tokens", "preemptions", "held", "wasted")),
-        *((name, "i8") for name in ("peak",)),
+        *((name, "i8") for name in ("peak", "extrapolated")),
         ("busy", "f8"),
         ("held_time", "f8"),
         (f"sources_{SOURCES[:16]}", "i8"),
@@ -82,14 +94,15 @@ REPLICA = np.dtype(
 class World(NamedTuple):
     """All arrays of a run.
 
-    ring: first request of the bucket of each finishing step; bits: which buckets are filled; classes: how many
-    gliding requests have (offset + slots) mod block = k, so that one look tells the new blocks of a step; scratch: room
-    for one replica's classes.
+    costs: step times, first all pieces, five numbers each, then all tables (see `kernel_table`); ring: first request of
+    the bucket of each finishing step; bits: which buckets are filled; classes: how many gliding requests have (offset +
+    slots) mod block = k, so that one look tells the new blocks of a step; scratch: room for one replica's classes. They
+    are few because every call hands all of them over.
     """
 
     reqs: Table
     reps: Table
-    pieces: Floats
+    costs: Floats
     ring: NDArray[np.int32]
     bits: Ints
     classes: Ints
@@ -100,6 +113,7 @@ class World(NamedTuple):
 # nine tenths of the time. nogil: they touch no Python object, so simulations in several threads run side by side.
 # error_model: divisors are positive, and a check for zero at each division would raise a Python error.
 _OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy", "_nrt": False}
+_OWN_FUNCTION: dict[str, Any] = {"_dbg_optnone": True}
 
 
 def compiled(function: F) -> F:
@@ -112,38 +126,9 @@ def inlined(function: F) -> F:
     return cast(F, numba.njit(forceinline=True, **_OPTIONS)(function))
 
 
-def build_world(pools: Sequence[Pool], requests: Requests) -> World:
-    """Empty replicas, in order of their pools, and requests before their arrival."""
-    reps, pieces = _replicas(pools)
-    size = 1 << max(5, int(requests.output.max(initial=1) + 1).bit_length())
-    reps["mask"], reps["ring"] = size - 1, size * np.arange(len(reps))
-    reps["bits"] = reps["ring"] // WORD
-    reps["classes"] = np.cumsum(reps["block"]) - reps["block"]
-    ring = np.full(size * len(reps), NONE, np.int32)
-    classes = np.zeros(int(reps["block"].sum()), np.int64)
-    scratch = np.zeros(int(reps["block"].max()), np.int64)
-    return World(_requests(requests), reps, pieces, ring, np.zeros(len(ring) // WORD, np.int64), classes, scratch)
+def apart(function: F) -> F:
+    """As `compiled`, but never inlined nor optimised: a door to what few pools need.
 
-
-def _requests(requests: Requests) -> Table:
-    table = np.zeros(len(requests), REQUEST)
-    table["arrival"], table["prompt"], table["output"] = requests.arrival, requests.prompt, requests.output
-    table["target"], table["prefilling"] = requests.prompt, 1
-    for name in ("scheduled", "first_token", "finish"):
-        table[name] = np.nan
-    return table
-
-
-def _replicas(pools: Sequence[Pool]) -> tuple[Table, Floats]:
-    table = np.zeros(sum(pool.replicas for pool in pools), REPLICA)
-    for name in ("queue_head", "queue_tail", "batch_head", "batch_tail", "single_head", "single_tail"):
-        table[name] = NONE
-    row = piece = 0
-    for j, pool in enumerate(pools):
-        mine = table[row : row + pool.replicas]
-        mine["pool"], mine["mode"], mine["first_step"] = j, MODES.index(pool.preemption), pool.first_step
-        mine["block"], mine["slots"], mine["blocks"] = pool.block_size, pool.lookahead_slots, pool.kv_blocks
-        mine["chunk"], mine["budget"], mine["max_batch"] = pool.chunk, pool.token_budget, pool.max_batch
-        mine["piece"], mine["pieces"] = piece, len(pool.step_time)
-        row, piece = row + pool.replicas, piece + len(pool.step_time)
-    return table, np.concatenate([pool.stepper.coefficients for pool in pools])
+    Inlined into the loop over steps, measured tables and found blocks cost pools without them a sixth of their speed.
+    """
+    return cast(F, numba.njit(**_OPTIONS, **_OWN_FUNCTION)(function))

@@ -14,15 +14,34 @@ from typing import Any
 
 import numpy as np
 
-from llmopt.evaluate import kernel_ahead, kernel_glide, kernel_lists, kernel_route, kernel_step, kernel_types
+from llmopt.evaluate import (
+    kernel_ahead,
+    kernel_cache,
+    kernel_glide,
+    kernel_lists,
+    kernel_route,
+    kernel_step,
+    kernel_table,
+    kernel_types,
+)
 from llmopt.evaluate.kernel import RESULTS, collect
 from llmopt.evaluate.kernel_route import Routing
-from llmopt.evaluate.kernel_types import Table, World, build_world
+from llmopt.evaluate.kernel_types import Table, World
+from llmopt.evaluate.kernel_world import build_world
 from llmopt.evaluate.run import SimRun
 from llmopt.scenario import Pool
 from llmopt.workload import Requests
 
-MODULES = (kernel_types, kernel_lists, kernel_glide, kernel_ahead, kernel_step, kernel_route)
+MODULES = (
+    kernel_types,
+    kernel_lists,
+    kernel_table,
+    kernel_cache,
+    kernel_glide,
+    kernel_ahead,
+    kernel_step,
+    kernel_route,
+)
 
 
 @cache

@@ -16,7 +16,8 @@ class ReplicaTotals:
 
     pool: index of its pool; steps; busy (s); prefill_tokens, decode_tokens computed; preemptions; held: token-steps of
     KV memory in use; wasted: the part of `held` that preemption made useless; held_time: token-seconds of KV memory
-    in use; peak: largest KV tokens in use in a step.
+    in use; peak: largest KV tokens in use in a step; extrapolated: steps outside the ranges that the pool's table
+    measured, 0 without a table. Blocks that a preempted request finds again are in use, but not prefilled.
     """
 
     pool: Ints
@@ -29,18 +30,21 @@ class ReplicaTotals:
     wasted: Ints
     held_time: Floats
     peak: Ints
+    extrapolated: Ints
 
 
 @dataclass(frozen=True)
 class SimRun:
     """One simulated run; times in seconds from the start, arrays of shape (n_requests,) in order of arrival.
 
-    scheduled: start of the step that first admitted the request; first_token and finish: ends of the steps that
-    emitted its first and last token; replica: where it ran; preemptions: how often it was preempted.
+    queued: when the engine first saw the request, which is its arrival or, if a step was under way then, the end of
+    that step; scheduled: start of the step that first admitted the request; first_token and finish: ends of the steps
+    that emitted its first and last token; replica: where it ran; preemptions: how often it was preempted.
     """
 
     requests: Requests
     replica: Ints
+    queued: Floats
     scheduled: Floats
     first_token: Floats
     finish: Floats

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -80,6 +80,6 @@ def saturated_throughput(pool: Pool, prompt: Ints, output: Ints, warmup: float =
 
 
 def _difference(first: ReplicaTotals, last: ReplicaTotals) -> ReplicaTotals:
-    names = ("steps", "busy", "prefill_tokens", "decode_tokens", "preemptions", "held", "wasted", "held_time")
+    names = {field.name for field in fields(ReplicaTotals)} - {"pool", "peak"}
     window = {name: getattr(last, name) - getattr(first, name) for name in names}
     return ReplicaTotals(pool=last.pool, peak=last.peak, **window)
