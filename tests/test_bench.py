@@ -136,7 +136,7 @@ def test_the_least_absolute_deviation_is_a_weighted_median(values: list[float], 
 
 def test_an_ordered_pair_and_an_empty_column() -> None:
     x, _ = least_absolute(
-        np.diag([1.0, 1.0, 0.0]), np.array([1.0, 3.0, 0.0]), np.array([1.0, 2.0, 1.0]), (0, 1), DEFAULT_OPTIONS
+        np.diag([1.0, 1.0, 0.0]), np.array([1.0, 3.0, 0.0]), np.array([1.0, 2.0, 1.0]), (0, 1, 0.0), DEFAULT_OPTIONS
     )
     assert x == pytest.approx([3.0, 3.0, 0.0])
 

@@ -10,12 +10,12 @@ import numpy as np
 
 from llmopt.arrays import Floats
 from llmopt.calibrate.bench import BenchError, BenchFit, fit_benchmarks, relative_error
-from llmopt.calibrate.bench_fit import BenchOptions
+from llmopt.calibrate.bench_fit import BenchOptions, physical_floor
 from llmopt.calibrate.bench_table import read_benchmarks
 from llmopt.calibrate.fit import fit_step_time
 from llmopt.errors import ScenarioError
 from llmopt.hardware import Piece, StepTime
-from llmopt.machines import accelerator, model_shape, roofline
+from llmopt.machines import accelerator, floor, model_shape, roofline
 from llmopt.profiles.distserve import FittedSteps, read_distserve
 
 SPLITWISE = "splitwise-sim (github.com/Mutinifni/splitwise-sim, commit 8f99e7dc), data/perf_model.csv"
@@ -41,15 +41,17 @@ def splitwise_fit(path: str | Path, model: str, hardware: str, tensor_parallel: 
     """The fit behind `splitwise_entry`.
 
     Prefill attention pairs were not varied apart from tokens below the token budget, so their cost is the roofline's
-    for models of the catalog; for others it is fitted with the rest.
+    for models of the catalog, and no coefficient is below what the peaks allow; for others it is fitted with the rest.
     """
     table = read_benchmarks(path).choose({"model": model, "system": hardware, "tp": str(tensor_parallel)})
+    options = BenchOptions(token_budget=token_budget)
     try:
         shape, chip = model_shape(model), accelerator(hardware)
-        pairs = roofline(shape, chip, tensor_parallel=tensor_parallel)[0].pairs
     except ScenarioError:
-        pairs = None
-    return fit_benchmarks(table, BenchOptions(token_budget=token_budget, pairs=pairs))
+        return fit_benchmarks(table, options)
+    least = physical_floor(floor(shape, chip, tensor_parallel=tensor_parallel))
+    pairs = roofline(shape, chip, tensor_parallel=tensor_parallel)[0].pairs
+    return fit_benchmarks(table, options.model_copy(update={"pairs": pairs, "floor": least}))
 
 
 def splitwise_entry(
@@ -79,7 +81,11 @@ def splitwise_entry(
         f"{_told(fit.errors)}); prefill and decode were measured apart and are added; outputs that ended early count "
         f"with the length that they reached"
     )
-    origin = "pairs: the roofline's, not measured apart" if pairs is not None else "pairs: fitted with the rest"
+    origin = (
+        "pairs: the roofline's, not measured apart; none below the peaks"
+        if pairs is not None
+        else "pairs: fitted with the rest"
+    )
     return FittedEntry(
         description=f"{hardware.upper()} x {tensor_parallel}, {model}: fitted to times measured for Splitwise",
         pieces=fit.pieces,

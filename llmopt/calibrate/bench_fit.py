@@ -12,6 +12,7 @@ from llmopt.calibrate.bench_model import (
     BASE,
     HIDDEN,
     PAIRS,
+    PARAMETERS,
     Harness,
     Model,
     decode_share,
@@ -22,6 +23,8 @@ from llmopt.calibrate.bench_model import (
     work,
 )
 from llmopt.calibrate.bench_table import BenchTable
+from llmopt.hardware import FEATURES, Piece
+from llmopt.machines.physics import Floor
 from llmopt.model import InputModel
 from llmopt.solution import SolveOptions
 
@@ -47,7 +50,8 @@ class BenchOptions(InputModel):
 
     token_budget: most prefill tokens of a step (8192 is the default of vLLM on data-centre GPUs, SGLang and
     TensorRT-LLM); kv_capacity: KV tokens of a replica (of an attention data-parallel rank) if known, else found in the
-    data; pairs: seconds per prefill attention pair if known; ttft_weight: weight of a relative error of TTFT, which
+    data; pairs: seconds per prefill attention pair if known; floor: coefficients that none may fall below, as
+    `physical_floor` takes them from the peaks of the machine; ttft_weight: weight of a relative error of TTFT, which
     depends on the harness, against one of TPOT; together_penalty: weight, per point, of each prompt more than one that
     the harness is said to prefill at once; rounds: most linear programs after the first two; solve: effort of each.
     """
@@ -55,6 +59,7 @@ class BenchOptions(InputModel):
     token_budget: Annotated[float, Field(gt=0)] = 8192.0
     kv_capacity: Annotated[float, Field(gt=0)] | None = None
     pairs: Annotated[float, Field(ge=0, le=1)] | None = None
+    floor: Piece | None = None
     ttft_weight: Annotated[float, Field(ge=0, le=10)] = 0.3
     together_penalty: Annotated[float, Field(ge=0, le=10)] = 0.02
     rounds: Annotated[int, Field(ge=1, le=1000)] = 6
@@ -72,6 +77,7 @@ class Alternation:
         self.options, self.weights = options, weights
         self.budget = np.inf if table.load.static else options.token_budget
         self.share = decode_share(self.load, self.ttft, self.tpot)
+        self.lower = _lower(options)
         self.status, self.solves = "", 0
 
     def best(self) -> Model:
@@ -179,17 +185,15 @@ class Alternation:
         matrix = np.block([[tpot, np.zeros((n, kept))], [ttft, slopes]])
         seconds, target = np.concatenate([self.tpot, self.ttft]), np.concatenate([self.tpot, target])
         weights = np.concatenate([self.weights, trust])
-        known = 0.0 if self.options.pairs is None else self.options.pairs
-        target = target - known * matrix[:, PAIRS]
+        target = target - matrix @ np.append(self.lower, np.zeros(kept))
         if self.options.pairs is not None:
             matrix[:, PAIRS] = 0.0
         if kept == len(START):
             shy = np.concatenate([np.zeros(FIXED), SHY])
             matrix, target = np.vstack([matrix, shy]), np.append(target, 0.0)
             seconds, weights = np.append(seconds, 1.0), np.append(weights, self._shy)
-        found = self._least(matrix, target, seconds, weights, (BASE, HIDDEN))
-        found[PAIRS] += known
-        return found
+        found = self._least(matrix, target, seconds, weights, float(self.lower[BASE]))
+        return found + np.append(self.lower, np.zeros(kept))
 
     def _objective(self, point: Floats, hidden: Bools, trust: Floats) -> float:
         """What the programs minimise: weighted relative errors, and a little for each prompt prefilled together."""
@@ -203,15 +207,30 @@ class Alternation:
         """Weight of each prompt more than one that is said to be prefilled at once."""
         return max(self.options.together_penalty * self.options.ttft_weight * float(self.weights.sum()), 1e-9)
 
-    def _least(
-        self, matrix: Floats, target: Floats, scale: Floats, weights: Floats, ordered: tuple[int, int] | None
-    ) -> Floats:
-        """Non-negative x with the least weighted sum of |matrix x - target| / scale; x[i] >= x[j] if `ordered`."""
-        found, self.status = least_absolute(
-            matrix / scale[:, None], target / scale, weights, ordered, self.options.solve
-        )
+    def _least(self, matrix: Floats, target: Floats, scale: Floats, weights: Floats, hideable: float | None) -> Floats:
+        """Non-negative x with the least weighted sum of |matrix x - target| / scale.
+
+        With `hideable`, x is what parameters are above their lower bounds, and no more than the base can be hidden.
+        """
+        order = None if hideable is None else (BASE, HIDDEN, hideable)
+        found, self.status = least_absolute(matrix / scale[:, None], target / scale, weights, order, self.options.solve)
         self.solves += 1
         return found
+
+
+def physical_floor(floor: Floor) -> Piece:
+    """The least coefficients that make a fit as slow as the peaks at every step (see `llmopt.machines.floor`)."""
+    most = floor.step_time.coefficients.max(axis=0)
+    return Piece(name="floor", **dict(zip(FEATURES, most.tolist(), strict=True)))
+
+
+def _lower(options: BenchOptions) -> Floats:
+    """Lower bounds of the parameters (6,); that of `pairs` is its value where it is known."""
+    floor = options.floor or Piece()
+    bounds = {name: getattr(floor, name, 0.0) for name in PARAMETERS}
+    if options.pairs is not None:
+        bounds["pairs"] = options.pairs
+    return np.array(list(bounds.values()))
 
 
 def _harness_of(point: Floats) -> Harness:
@@ -220,12 +239,12 @@ def _harness_of(point: Floats) -> Harness:
 
 
 def least_absolute(
-    matrix: Floats, target: Floats, weights: Floats, ordered: tuple[int, int] | None, options: SolveOptions
+    matrix: Floats, target: Floats, weights: Floats, ordered: tuple[int, int, float] | None, options: SolveOptions
 ) -> tuple[Floats, str]:
     """Non-negative x (m,) that minimises sum_i weights_i |matrix_i x - target_i|, and the status of the program.
 
     Columns are scaled to explain the target alone, so that the program is well conditioned; empty columns get 0.
-    `ordered` = (i, j) demands x_i >= x_j.
+    `ordered` = (i, j, slack) demands x_i + slack >= x_j.
     """
     import cvxpy as cp
 
@@ -238,9 +257,9 @@ def least_absolute(
     x = cp.Variable(len(known), name="coefficients")
     shares = weights[used, None] * matrix[np.ix_(used, known)] / scale[known]
     demands: list[Any] = [x >= 0]
-    if ordered is not None and set(ordered) <= set(known.tolist()):
-        i, j = (int(np.flatnonzero(known == k)[0]) for k in ordered)
-        demands.append(x[i] / scale[ordered[0]] >= x[j] / scale[ordered[1]])
+    if ordered is not None and set(ordered[:2]) <= set(known.tolist()):
+        i, j = (int(np.flatnonzero(known == k)[0]) for k in ordered[:2])
+        demands.append(x[i] / scale[ordered[0]] + ordered[2] >= x[j] / scale[ordered[1]])
     solved = solve(cp.Problem(cp.Minimize(cp.norm1(shares @ x - weights[used] * target[used])), demands), options)
     found = np.zeros(matrix.shape[1])
     found[known] = np.maximum(np.asarray(x.value), 0.0) / scale[known]
