@@ -23,7 +23,7 @@ from llmopt.evaluate.kernel_types import compiled
 @compiled
 def leave_blocks(rep: Any, req: Any) -> None:
     """Remember where a preempted request's blocks, just released, lie in the queue, and how many of them are full."""
-    req.segment = rep.pushed
+    req.offset = rep.pushed
     req.full = req.computed // rep.block
 
 
@@ -31,7 +31,7 @@ def leave_blocks(rep: Any, req: Any) -> None:
 def find_blocks(rep: Any, req: Any) -> None:
     """Give an admitted request those of its full blocks that nobody has taken; one token is always computed anew."""
     place = rep.pushed - (rep.blocks - rep.used - rep.late_blocks)
-    found = min(req.segment - place, req.full, (req.target - 1) // rep.block)
+    found = min(req.offset - place, req.full, (req.target - 1) // rep.block)
     req.full = 0
     if found > 0:
         req.computed = found * rep.block

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from llmopt.arrays import Floats
-from llmopt.evaluate.kernel_types import apart, compiled
+from llmopt.evaluate.kernel_types import compiled
 from llmopt.steptable import StepTable
 
 AXES = ("tokens", "sequences", "decode_batch", "decode_context", "chunk", "cached", "mixed_batch", "mixed_context")
@@ -144,7 +144,7 @@ def is_measured(costs: Floats, start: int, prefill: float, decode: float, kv: fl
     return inside and pairs / max(prefill, 1.0) - 0.5 * prefill <= costs[start + ENDS + CACHED]
 
 
-@apart
+@compiled
 def read_table(costs: Floats, rep: Any, kv: float, pairs: float) -> float:
     """Step time of the scheduled batch, s, the host's part included; counts it if outside the measured ranges."""
     prefill = float(rep.prefill)
@@ -154,7 +154,7 @@ def read_table(costs: Floats, rep: Any, kv: float, pairs: float) -> float:
     return rep.host + table_seconds(costs, rep.table, prefill, decode, kv, pairs)
 
 
-@apart
+@compiled
 def table_stretch(costs: Floats, rep: Any, kv: float, most: int) -> tuple[float, float, int]:
     """Decode-only steps as in `between_knots`, the host's part included."""
     base, slope, length = between_knots(costs, rep.table, float(rep.gliding), kv, most)
@@ -184,7 +184,7 @@ def between_knots(costs: Floats, start: int, decode: float, kv: float, most: int
     return clip(base, slope, most)
 
 
-@apart
+@compiled
 def unmeasured(costs: Floats, rep: Any, steps: int) -> int:
     """How many of the next decode-only steps lie outside the measured ranges: from some step on, all of them."""
     kv = float(rep.kv)

@@ -41,8 +41,7 @@ REQUEST = np.dtype(
         ("area", "i8"),
         ("offset", "i8"),
         ("due", "i8"),
-        # after a preemption: end of its blocks' places in the queue of free blocks, and how many of them are full
-        ("segment", "i8"),
+        # blocks that a preempted request left full; until it is back its offset is their place (see `kernel_cache`)
         ("full", "i4"),
         *((name, "i4") for name in ("prompt", "output", "computed", "emitted", "target", "taken")),
         *((name, "i4") for name in ("preemptions", "replica")),
@@ -113,7 +112,6 @@ class World(NamedTuple):
 # nine tenths of the time. nogil: they touch no Python object, so simulations in several threads run side by side.
 # error_model: divisors are positive, and a check for zero at each division would raise a Python error.
 _OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy", "_nrt": False}
-_OWN_FUNCTION: dict[str, Any] = {"_dbg_optnone": True}
 
 
 def compiled(function: F) -> F:
@@ -124,11 +122,3 @@ def compiled(function: F) -> F:
 def inlined(function: F) -> F:
     """As `compiled`, for functions with one caller: handing all arrays over would cost more than the call's work."""
     return cast(F, numba.njit(forceinline=True, **_OPTIONS)(function))
-
-
-def apart(function: F) -> F:
-    """As `compiled`, but never inlined nor optimised: a door to what few pools need.
-
-    Inlined into the loop over steps, measured tables and found blocks cost pools without them a sixth of their speed.
-    """
-    return cast(F, numba.njit(**_OPTIONS, **_OWN_FUNCTION)(function))
