@@ -121,10 +121,11 @@ def test_fitted_step_times_are_close_to_measured_batches(shared: Path) -> None:
         )
         ends = dense["embedding", tokens] + dense["final_layernorm", tokens]
         ends += heads["lm_head", max(batch[2], 1)] + heads["sampler", max(batch[2], 1)]
-        assert stepper(*features) == pytest.approx((32 * layer + ends) * 1e-6, rel=0.06)
+        kernels = stepper(*features) - catalog_entry("rtx4090-llama31-8b").pool["host_overhead"]
+        assert kernels == pytest.approx((32 * layer + ends) * 1e-6, rel=0.07)
 
 
-@pytest.mark.parametrize(("gpu", "entry", "within"), [("RTX4090", "rtx4090", 0.2), ("RTXPRO6000", "rtxpro6000", 0.07)])
+@pytest.mark.parametrize(("gpu", "entry", "within"), [("RTX4090", "rtx4090", 0.05), ("RTXPRO6000", "rtxpro6000", 0.03)])
 def test_catalog_replays_a_measured_run(gpu: str, entry: str, within: float, shared: Path, tmp_path: Path) -> None:
     """Mean TTFT and TPOT of 300 requests on a real vLLM server that was overloaded for half a minute."""
     log = shared / f"data/vllm-runs/{gpu}_Llama-3.1-8B/requests.jsonl"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -31,7 +31,7 @@ UNITS = {
 ASKED = "as of the engine that the step time was fitted for"
 
 
-def entry_text(found: Calibration, *, date: str, command: str, description: str = "") -> str:
+def entry_text(found: Calibration, *, date: str, command: str, description: str = "", source: str = "") -> str:
     """The text of the entry, checked to be one.
 
     Parameters
@@ -42,40 +42,56 @@ def entry_text(found: Calibration, *, date: str, command: str, description: str 
         What was typed to get it.
     description
         One line; made from the machine if absent.
+    source
+        Where the measurements come from; the names of the files if absent.
 
     Raises
     ------
     ScenarioError
         If the constants make no pool.
     """
-    constants = dict(_constants(found, date, command))
-    lines = [f"description = {_text(description or f'{found.machine.title}: {found.kind}')}"]
-    lines += [_line(key, value) for key, (value, _) in constants.items() if key != "step_time"]
-    for piece in found.pieces:
+    constants = dict(_constants(found, source or found.source))
+    notes = "".join(f"; {note}" for note in found.notes)
+    told = f"same; fitted on {date} by {command}: {found.method}; {found.summary}{notes}"
+    title = f"{found.machine.title}: {found.kind}"
+    return toml_entry(description or title, constants, found.pieces, told)
+
+
+def toml_entry(
+    description: str, constants: Mapping[str, tuple[Any, str]], pieces: tuple[Piece, ...], source: str
+) -> str:
+    """A file with these keys of a pool, each with its value and source, and these pieces with theirs.
+
+    Raises
+    ------
+    ScenarioError
+        If they make no pool.
+    """
+    lines = [f"description = {_text(description)}"]
+    lines += [_line(key, value) for key, (value, _) in constants.items()]
+    for piece in pieces:
         lines += ["", "[[step_time]]", *_piece(piece)]
-    lines += ["", "[sources]", *(f"{key} = {_text(source)}" for key, (_, source) in constants.items())]
-    text = "\n".join(lines) + "\n"
+    lines += ["", "[sources]", *(f"{key} = {_text(why)}" for key, (_, why) in constants.items())]
+    text = "\n".join([*lines, f"step_time = {_text(source)}"]) + "\n"
     _check(text)
     return text
 
 
-def _constants(found: Calibration, date: str, command: str) -> Iterator[tuple[str, tuple[Any, str]]]:
+def _constants(found: Calibration, source: str) -> Iterator[tuple[str, tuple[Any, str]]]:
     """Keys of a pool in the order of the file, each with its value and source."""
     machine = found.machine
-    yield "accelerator", (machine.chip.name if machine.chip else machine.accelerator, found.source)
+    yield "accelerator", (machine.chip.name if machine.chip else machine.accelerator, source)
     yield "model", (machine.shape.name if machine.shape else machine.model, "same" + _precision(found))
     if machine.tensor_parallel > 1:
         yield "tensor_parallel", (machine.tensor_parallel, f"same: tensor parallel {machine.tensor_parallel}")
     given = dict(found.constants)
-    yield "kv_capacity", given.pop("kv_capacity", (found.caps.kv_capacity, ASKED))
-    yield "max_batch", given.pop("max_batch", (found.caps.max_batch, ASKED))
-    yield "token_budget", given.pop("token_budget", (found.caps.token_budget, ASKED))
+    if "price" in given:
+        yield "price", given.pop("price")
+    for key in ("kv_capacity", "max_batch", "token_budget"):
+        yield key, given.pop(key, (getattr(found.caps, key), ASKED))
     if found.host_overhead > 0:
-        yield "host_overhead", given.pop("host_overhead", (found.host_overhead, "given"))
+        yield "host_overhead", given.pop("host_overhead", (found.host_overhead, "given by the user"))
     yield from given.items()
-    notes = "".join(f"; {note}" for note in found.notes)
-    told = f"same; fitted on {date} by {command}: {found.method}; {found.summary}{notes}"
-    yield "step_time", (None, told)
 
 
 def _precision(found: Calibration) -> str:

@@ -88,7 +88,7 @@ def calibrate_benchmarks(
 def _memory(fit: BenchFit, machine: Machine, max_batch: int, token_budget: int) -> tuple[int, str]:
     """KV tokens of a replica: given, else shown by the points, else computed, else what the points need at least."""
     if fit.options.kv_capacity is not None:
-        return int(fit.options.kv_capacity), "given"
+        return int(fit.options.kv_capacity), "given by the user"
     if np.isfinite(fit.kv_capacity):
         return int(fit.kv_capacity), "where the points show requests waiting for memory"
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from llmopt.arrays import Floats, Ints
@@ -102,6 +102,11 @@ class Calibration:
     host_overhead: float = 0.0
     constants: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
 
+    def with_constants(self, constants: Mapping[str, tuple[Any, str]]) -> Calibration:
+        """With these keys of the catalog entry, in this order, before those it has."""
+        rest = {key: value for key, value in self.constants.items() if key not in constants}
+        return replace(self, constants={**constants, **rest})
+
     def as_dict(self) -> dict[str, Any]:
         """All of it as plain data."""
         machine = {k: v for k, v in vars(self.machine).items() if isinstance(v, str | int)}
@@ -169,7 +174,7 @@ def memory(machine: Machine, max_batch: int, token_budget: int, given: int | Non
         If nothing is given and a catalog lacks the model or the accelerator.
     """
     if given is not None:
-        return given, "given"
+        return given, "given by the user"
     if machine.shape is None or machine.chip is None:
         unknown = machine.model if machine.shape is None else machine.accelerator
         raise ScenarioError(
