@@ -173,7 +173,7 @@ def test_a_simulated_server_gives_its_step_time_back() -> None:
     points = simulated(GRID)
     fit = fit_benchmarks(points)
     assert {e.what: e.median < 0.05 for e in fit.errors if e.region == "all"} == {"TPOT": True, "TTFT": True}
-    assert 8 < fit.harness.rounds < 12.5
+    assert 7 < fit.harness.rounds < 14
     rng = np.random.default_rng(0)
     decode, chunk = rng.integers(4, 64, 200), np.where(rng.random(200) < 0.5, 0, rng.integers(512, 2048, 200))
     steps = np.column_stack([chunk, decode, decode * rng.integers(600, 2200, 200), chunk**2 / 2]).astype(float)
