@@ -1,9 +1,9 @@
-"""Max-affine step time from benchmark logs: TTFT and TPOT against concurrency and lengths, by alternated convex fits.
+"""Max-affine step time from benchmark logs: TTFT and TPOT against concurrency and lengths, by convex fits.
 
 `llmopt.calibrate.bench_model` writes mean TTFT and TPOT as rows times the parameters of two pieces (decode-only and
 mixed) and of the harness. With the harness given, the step time is a linear program: non-negative coefficients with
-the smallest sum of relative errors; with the step time given, so is the harness. The two alternate until the error
-falls no further. Points at which requests queue for memory say nothing about prefill in their TTFT; they are found by
+the smallest sum of relative errors; with the step time given, so is the harness. From there both are improved
+together, by linear programs to first order, until the error falls no further. Points at which requests queue for memory say nothing about prefill in their TTFT; they are found by
 trying, and predicted by Little's law.
 """
 

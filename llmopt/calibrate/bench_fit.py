@@ -1,4 +1,4 @@
-"""The alternated convex fits behind `llmopt.calibrate.bench`: step time and harness in turn, each a linear program."""
+"""The convex fits behind `llmopt.calibrate.bench`: step time, harness, then both, each by linear programs."""
 
 from __future__ import annotations
 
