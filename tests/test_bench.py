@@ -262,7 +262,8 @@ def test_measured_points_left_out_are_predicted() -> None:
     file = read_benchmarks(SILICON)
     tables = [t for t in file.tables if len(t.load) >= 6]
     assert (len(file.tables), len(tables), sum(len(t.load) for t in tables)) == (73, 47, 1000)
-    chosen = np.random.default_rng(3).choice(len(tables), 6, replace=False)
+    small = [i for i, t in enumerate(tables) if len(t.load) <= 30]
+    chosen = np.random.default_rng(3).choice(small, 6, replace=False)
     outs = [leave_out(tables[i]) for i in chosen]
     tpot = np.concatenate([np.abs(o.tpot / o.table.tpot - 1) for o in outs])
     ttft = np.concatenate([np.abs(o.ttft / o.table.ttft - 1) for o in outs])

@@ -3,8 +3,8 @@
 `llmopt.calibrate.bench_model` writes mean TTFT and TPOT as rows times the parameters of two pieces (decode-only and
 mixed) and of the harness. With the harness given, the step time is a linear program: non-negative coefficients with
 the smallest sum of relative errors; with the step time given, so is the harness. From there both are improved
-together, by linear programs to first order, until the error falls no further. Points at which requests queue for memory say nothing about prefill in their TTFT; they are found by
-trying, and predicted by Little's law.
+together, by linear programs to first order, until the error falls no further. Points at which requests queue for
+memory say nothing about prefill in their TTFT; they are found by trying, and predicted by Little's law.
 """
 
 from __future__ import annotations
