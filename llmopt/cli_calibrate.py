@@ -12,12 +12,14 @@ from llmopt.cli_tools import deliver, json_option, say_written, show
 from llmopt.errors import ScenarioError
 
 if TYPE_CHECKING:
+    from llmopt.calibrate.from_profile import Load
     from llmopt.calibrate.result import Calibration
 
 OUTPUTS = ("paths", "output", "json_file", "report")
 """Parameters that do not change the answer."""
 CAPS = ("max_batch", "token_budget", "kv_capacity")
-FOR_LOGS, FOR_PROFILES = ("select", "columns"), ("precision", "decode_pieces", "mixed_pieces", "host_overhead")
+FOR_LOGS = ("select", "columns")
+FOR_PROFILES = ("precision", "decode_pieces", "mixed_pieces", "host_overhead")
 
 
 @click.command()
@@ -35,6 +37,7 @@ FOR_LOGS, FOR_PROFILES = ("select", "columns"), ("precision", "decode_pieces", "
 @click.option("--decode-pieces", type=int, default=1, show_default=True, metavar="N", help="Without prefill terms.")
 @click.option("--mixed-pieces", type=int, default=2, show_default=True, metavar="N", help="With all terms.")
 @click.option("--host-overhead", type=float, default=0.0, metavar="S", help="Seconds of a step besides its kernels.")
+@click.option("--scenario", metavar="S", help="Follow the profile best where the load of this scenario takes it.")
 @click.option("--select", multiple=True, metavar="KEY=VALUE", help="Which server of a benchmark log: backend=vllm, ...")
 @click.option("--column", "columns", multiple=True, metavar="NAME=COLUMN", help="Column of a log, as ttft=latency:ms.")
 @click.option("--allow-unphysical", is_flag=True, help="Only warn of times that peak FLOPs or bandwidth do not allow.")
@@ -65,7 +68,7 @@ def _calibrated(context: click.Context, paths: Sequence[str], options: Mapping[s
     shared = {key: options[key] for key in CAPS if options[key] is not None}
     shared["allow_unphysical"] = options["allow_unphysical"]
     if any(_is_log(Path(path)) for path in paths) or options["columns"]:
-        _refuse(context, FOR_PROFILES, "a benchmark log")
+        _refuse(context, (*FOR_PROFILES, "scenario"), "a benchmark log")
         if len(paths) > 1:
             raise ScenarioError(f"{', '.join(paths)}: a benchmark log is fitted alone; give one file")
         from llmopt.calibrate.from_benchmarks import calibrate_benchmarks
@@ -76,7 +79,17 @@ def _calibrated(context: click.Context, paths: Sequence[str], options: Mapping[s
     from llmopt.calibrate.from_profile import calibrate_profile
 
     chosen = {key: options[key] for key in ("accelerator", "model", *FOR_PROFILES)}
-    return calibrate_profile(paths, tensor_parallel=options["tp"], **chosen, **shared)
+    load = _load(options["scenario"]) if options["scenario"] else None
+    return calibrate_profile(paths, tensor_parallel=options["tp"], load=load, **chosen, **shared)
+
+
+def _load(scenario: str) -> Load:
+    from functools import partial
+
+    from llmopt.reading import load_scenario
+    from llmopt.validation.load import load_steps
+
+    return partial(load_steps, load_scenario(scenario))
 
 
 def _is_log(path: Path) -> bool:

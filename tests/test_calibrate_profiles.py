@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner, Result
 
+from llmopt.arrays import Floats
 from llmopt.calibrate.entry import entry_text
 from llmopt.calibrate.fit import FitOptions
 from llmopt.calibrate.from_profile import calibrate_profile
@@ -24,7 +25,9 @@ from llmopt.errors import ScenarioError
 from llmopt.hardware import Piece, StepTime
 from llmopt.profiles import load_step_table
 from llmopt.reading import load_scenario
+from llmopt.scenario import Pool
 from llmopt.steptable import StepTable
+from llmopt.validation.load import load_steps
 from tests.profile_files import step_us, tables
 
 QUICK = FitOptions(kicks=0)
@@ -166,6 +169,49 @@ def test_an_entry_has_a_source_for_every_constant(found: Calibration) -> None:
     assert (data["kv_capacity"], data["max_batch"], data["token_budget"]) == (41_408, 64, 2048)
 
 
+def test_a_load_is_followed_where_it_goes(folder: Path, table: StepTable, found: Calibration) -> None:
+    """A corner in which decode beside prefill costs twice as much, which pieces for everything cannot follow."""
+    batch = np.linspace(32.0, 64.0, 40)
+    corner = np.column_stack([np.full(40, 256.0), batch, 600.0 * batch, np.full(40, 256.0**2 / 2)])
+    asked: list[StepTable | None] = []
+
+    def load(replica: Pool) -> tuple[Floats, Floats]:
+        asked.append(replica.table)
+        return corner, table.many(corner)
+
+    loaded = calibrate_profile([folder], max_batch=64, kv_capacity=41_408, count=128, load=load, options=QUICK)
+    assert [known.source for known in asked if known is not None] == [table.source]
+
+    def error(pieces: tuple[Piece, ...]) -> float:
+        return float(np.abs(StepTime.from_pieces(pieces).many(corner) / table.many(corner) - 1.0).mean())
+
+    assert error(loaded.pieces) < 0.5 * error(found.pieces)
+    assert loaded.errors["kind"].iloc[-1] == "the load"
+    assert loaded.errors["steps"].iloc[0] == found.errors["steps"].iloc[0]
+    assert "40 that the load makes" in loaded.method
+
+
+def test_the_load_of_a_scenario_fills_a_replica(table: StepTable, tmp_path: Path) -> None:
+    """800 waiting requests of 800 and 100 tokens: batches up to the limit, prompts inside the budget, all of the time."""
+    pool = "step_time = [{ base = 0.01 }], kv_capacity = 41408"
+    (tmp_path / "s.toml").write_text(SCENARIO + f'pools = [{{ name = "p", replicas = 1, {pool} }}]')
+    one = Pool(
+        name="r",
+        replicas=1,
+        step_time=(Piece(base=0.01),),
+        table=table,
+        max_batch=16,
+        kv_capacity=41_408,
+        block_size=16,
+    )
+    features, seconds = load_steps(load_scenario(tmp_path / "s.toml"), one)
+    assert features[:, 1].max() == 16
+    assert (features[:, 0] + features[:, 1]).max() <= 2048
+    assert features[:, 0].max() >= 800
+    assert (features[:, 2] <= 41_408).all()
+    assert 800 / 16 * 100 * 0.02 < seconds.sum() < 800 * 100 * 0.03
+
+
 def run(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, ["calibrate", *map(str, arguments)])
 
@@ -185,6 +231,9 @@ def test_the_command_writes_an_entry_that_a_scenario_uses(folder: Path, tmp_path
     assert [piece.model_dump() for piece in pool.step_time] == data["pieces"]
     assert (pool.kv_capacity, pool.max_batch, pool.host_overhead) == (41_408, 32, 0.0006)
     assert pool.source == "B200, Llama-3.1-8B in bf16: fitted to measured kernel times"
+    again = run(folder, *options, "--scenario", tmp_path / "s.toml")
+    assert again.exit_code == 0, again.output
+    assert "the load" in again.stdout
     assert pd.read_csv(tmp_path / "errors.csv")["steps"].iloc[0] == data["errors"][0]["steps"]
 
 
@@ -211,6 +260,7 @@ def test_a_bad_entry_file_is_named_in_one_sentence(text: str | None, message: st
     ("options", "message"),
     [
         (["-o", "entry.txt"], "name one that ends in .toml"),
+        (["--scenario", "nowhere.toml"], "no such file"),
         (["--select", "backend=vllm"], "--select means nothing for a profile"),
         (["--kv-capacity", "0"], "kv_capacity = 0 leaves no step to fit"),
         (["--max-batch", "-3"], "max_batch = -3 leaves no step to fit"),

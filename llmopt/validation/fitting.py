@@ -49,7 +49,7 @@ def pieces_met(scenario: Scenario, sim: SimRun) -> tuple[Piece, ...]:
     assert table is not None
     features = met_steps(scenario, sim)
     seconds = table.many(features)
-    weights = _weights(features, seconds, float(sim.replicas.busy.sum()))
+    weights = stood_for(features, seconds, float(sim.replicas.busy.sum()))
     quick = FitOptions(kicks=0)
     return fit_step_time(features, seconds, weights=weights, options=quick).pieces
 
@@ -78,7 +78,7 @@ def met_steps(scenario: Scenario, sim: SimRun) -> Floats:
     return np.array(steps, dtype=float)
 
 
-def _weights(features: Floats, seconds: Floats, busy: float) -> Floats:
+def stood_for(features: Floats, seconds: Floats, busy: float) -> Floats:
     """Seconds of the run that each step stands for: its own with prefill, an equal part of the rest without."""
     mixed = features[:, 0] > 0
     rest = max(busy - float(seconds[mixed].sum()), 0.0) / max(int((~mixed).sum()), 1)
