@@ -82,6 +82,11 @@ class ChainRelaxation:
         """Largest prompt of a large request."""
         return int(self.instance.prompt[self.large].max(initial=0))
 
+    @property
+    def table_size(self) -> int:
+        """Numbers in a table of the dynamic program."""
+        return self.rounds * len(self.classes[1]) * (self.instance.capacity + 1) ** (self.length - 2)
+
     def start(self) -> Multipliers:
         """Prices of the fluid schedule, and rewards that just pay for the cheapest completion."""
         price = memory_prices(self.instance, self.rounds - 1)

@@ -12,14 +12,17 @@ import numpy as np
 
 from formulations.batching_bounds import area_bound
 from formulations.batching_chain import ChainRelaxation, Multipliers, ascend
-from formulations.batching_search import MOST_REQUESTS, search
+from formulations.batching_search import search
 from formulations.batching_start import best_start
 from llmopt.arrays import Bools, Floats, Ints
 from llmopt.errors import ScenarioError
 from llmopt.rounds import Rounds
 
 ROUNDING = 1e-6
-WIDTHS = (300, 3_000, 30_000, 300_000)
+WIDTHS = (3_000, 30_000, 300_000, 2_000_000)
+SEARCHED = 25  # requests; beyond, a search of any width that fits into minutes proves no more than its relaxation
+SHARE_OF_START = 0.05
+LARGEST_TABLE = 60_000_000  # numbers; half a gigabyte
 Kind = tuple[float, Literal[3, 4]]
 STAGES: tuple[Kind, ...] = ((0.4, 3), (0.34, 3), (0.34, 4), (0.25, 4))
 
@@ -65,16 +68,29 @@ class ExactHindsight:
         def stop() -> bool:
             return perf_counter() - begin > self.time_limit
 
-        start = best_start(instance) if start is None else start
-        state = _State(instance, start, area_bound(instance), permitted(instance, instance.horizon))
-        for kind in STAGES:
-            state.tighten(kind, self.iterations // (1 if kind[1] == 3 else 4), stop)
+        first = _annealed(instance, self.time_limit * SHARE_OF_START) if start is None else start
+        state = _State(instance, first, area_bound(instance), permitted(instance, instance.horizon))
+        for kind in STAGES[:2]:
+            state.tighten(kind, self.iterations, stop)
+        if len(instance) <= SEARCHED:
+            state.look(self.widths[0], stop)
+        for kind in STAGES[2:]:
+            state.tighten(kind, self.iterations // 4, stop)
         for width in self.widths:
-            if state.proven or stop() or len(instance) > MOST_REQUESTS:
-                break
-            state.look(width, stop)
+            if len(instance) <= SEARCHED:
+                state.look(width, stop)
             state.tighten(STAGES[-1], self.iterations // 4, stop)
         return Hindsight(state.start, state.latency, state.whole_bound, perf_counter() - begin)
+
+
+def _annealed(instance: Rounds, seconds: float) -> Ints:
+    """Best of several annealed list schedules within some seconds, one at least."""
+    begin, seed = perf_counter(), 0
+    best = best_start(instance)
+    while perf_counter() - begin < seconds:
+        seed += 1
+        best = min(best, best_start(instance, seed=seed), key=instance.latency)
+    return best
 
 
 def permitted(instance: Rounds, horizon: int) -> Bools:
@@ -107,10 +123,10 @@ class _State:
 
     def tighten(self, kind: Kind, iterations: int, stop: Callable[[], bool]) -> None:
         """Raise the bound by a relaxation, and strike out completions whose bound is above latency - 1."""
-        if self.proven or stop():
+        relaxation = ChainRelaxation(self.instance, self.allowed, *kind)
+        if self.proven or stop() or relaxation.table_size > LARGEST_TABLE:
             return
         self.kind = kind
-        relaxation = self.relaxation()
         at = relaxation.adapted(self.at) if self.at else relaxation.start()
         value, self.at = ascend(relaxation, at, self.latency, iterations, stop)
         self.bound = max(self.bound, min(value, self.latency))
@@ -124,7 +140,8 @@ class _State:
 
     def look(self, width: int, stop: Callable[[], bool]) -> None:
         """Search with the best relaxation; an improved incumbent or a better bound is kept."""
-        assert self.at is not None
+        if self.proven or stop() or self.at is None:
+            return
         relaxation = self.relaxation()
         found = search(relaxation, relaxation.adapted(self.at), self.latency, width, stop)
         if found.start is not None:

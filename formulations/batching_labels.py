@@ -15,8 +15,9 @@ class Labels(NamedTuple):
 
     done: bit i is set if request i is completed; last: the request completed last; round: when; latency: total so
     far; priced: sum of cost_i - lambda_i so far; large_round, large_class: the last large completion, -1 if none;
-    bound: on the latency of every completion of the schedule; parent: label it came from; usage: tokens held in
-    rounds `round`, `round` - 1, ..., shape (n_labels, W).
+    bound: on the latency of every completion of the schedule; end: completion round of each request, -1 if not
+    completed, shape (n_labels, n); usage: tokens that those to come cannot use in rounds `round`, `round` - 1, ...,
+    shape (n_labels, W).
     """
 
     done: Ints
@@ -27,7 +28,7 @@ class Labels(NamedTuple):
     large_round: Ints
     large_class: Ints
     bound: Floats
-    parent: Ints
+    end: Ints
     usage: Ints
 
     def take(self, chosen: Ints) -> Labels:
@@ -35,11 +36,11 @@ class Labels(NamedTuple):
         return Labels._make([values[chosen] for values in self])
 
     @classmethod
-    def empty(cls, size: int, width: int) -> Labels:
+    def empty(cls, size: int, n: int, width: int) -> Labels:
         """Room for `size` labels."""
         kinds = {"priced": np.float64, "bound": np.float64}
-        numbers = [np.zeros(size, dtype=kinds.get(name, np.int64)) for name in cls._fields[:-1]]
-        return cls._make([*numbers, np.zeros((size, width), dtype=np.int16)])
+        numbers = [np.zeros(size, dtype=kinds.get(name, np.int64)) for name in cls._fields[:-2]]
+        return cls._make([*numbers, *(np.zeros((size, axis), dtype=np.int32) for axis in (n, width))])
 
 
 class Search(NamedTuple):
@@ -84,6 +85,46 @@ def _fits(usage: Ints, label: int, shift: int, end: int, peak: int, output: int,
 
 
 @compiled
+def _usable(new: Ints, capacity: int) -> None:
+    """Replace usage by what counts for the requests to come.
+
+    These complete later, so that each holds a token more in every round up to the last completion: j rounds before it
+    they can use at most room_j = min(M - usage_j, room_{j-1} - 1) tokens.
+    """
+    room = capacity - new[0]
+    for j in range(1, len(new)):
+        room = max(min(capacity - new[j], room - 1), 0)
+        new[j] = capacity - room
+
+
+@compiled
+def _slipped(end: Ints, new: Ints, c: int, search: Search, held: Ints) -> bool:
+    """Whether some completed request could have run a round earlier, whatever comes: then no best schedule has it so.
+
+    `held` is scratch for the tokens held c, c - 1, ... by completed requests; `new` says what those to come can use.
+    """
+    window, width, capacity = len(held), len(new), search.capacity
+    held[:] = 0
+    for x in range(len(end)):
+        for j in range(max(c - end[x], 0), min(c - end[x] + search.output[x], window) if end[x] >= 0 else 0):
+            held[j] += search.peak[x] - (j - c + end[x])
+    for x in range(len(end)):
+        first = c - end[x] + search.output[x]
+        if end[x] < 0 or c - end[x] >= width or first >= window or end[x] - search.output[x] <= search.arrival[x]:
+            continue
+        blocked = False
+        for j in range(c - end[x] + 1, first + 1):
+            used = held[j] + (capacity - new[j] if j < width else 0)
+            more = 1 if j < first else search.peak[x] - search.output[x] + 1
+            if used + more > capacity:
+                blocked = True
+                break
+        if not blocked:
+            return True
+    return False
+
+
+@compiled
 def _room(usage: Ints, end: int, at: int, capacity: int, slack: int) -> int:
     """Tokens that the next large request may hold, at most, in round `at`: it fits into every round up to `end`."""
     room = capacity
@@ -102,7 +143,8 @@ def expand(labels: Labels, begin: int, out: Labels, search: Search, incumbent: i
     n, last_round = search.cost.shape[0], search.cost.shape[1] - 1
     limit = incumbent - 1 + 1e-6
     size, width = out.usage.shape
-    new = np.zeros(width, np.int64)
+    new, held = np.zeros(width, np.int64), np.zeros(2 * width, np.int64)
+    end = np.zeros(n, labels.end.dtype)
     widest, written = search.after.shape[3] - 1, 0
     for a in range(begin, len(labels.done)):
         if written + n * (last_round + 1 - labels.round[a]) > size and written > 0:
@@ -132,16 +174,22 @@ def expand(labels: Labels, begin: int, out: Labels, search: Search, incumbent: i
                     labels.usage, a, c - now, c, search.peak[i], search.output[i], search.capacity, new
                 ):
                     continue
+                _usable(new, search.capacity)
                 if large >= 0:
                     room = _room(new, c, at, search.capacity, search.slack)
                     gain = search.after[at, large, room, min(room, widest)]
                 if value - gain > limit:
                     continue
+                end[:] = labels.end[a]
+                end[i] = c
+                if _slipped(end, new, c, search, held):
+                    continue
                 out.done[written], out.last[written], out.round[written] = done | (1 << i), i, c
                 out.latency[written] = labels.latency[a] + c - search.arrival[i]
                 out.priced[written] = labels.priced[a] + search.cost[i, c] - search.reward[i]
                 out.large_round[written], out.large_class[written] = at, large
-                out.bound[written], out.parent[written] = max(value - gain, labels.bound[a]), a
+                out.bound[written] = max(value - gain, labels.bound[a])
+                out.end[written] = end
                 for j in range(width):
                     out.usage[written, j] = new[j]
                 written += 1

@@ -50,14 +50,15 @@ def search(
     if len(instance) > MOST_REQUESTS:
         raise ScenarioError(f"exact search takes at most {MOST_REQUESTS} requests, not {len(instance)}; use its bounds")
     data = _prepared(relaxation, at)
-    labels = Labels.empty(1, int(instance.output.max(initial=1)))
+    labels = Labels.empty(1, len(instance), instance.capacity + 1)
     labels.usage[:] = instance.capacity
-    labels.last[:] = labels.large_round[:] = labels.large_class[:] = -1
-    left_behind, layers = np.inf, [labels]
+    labels.last[:] = labels.large_round[:] = labels.large_class[:] = labels.end[:] = -1
+    left_behind = np.inf
     for _ in range(len(instance)):
+        proven = float(labels.bound.min())
         labels = _next_layer(labels, data, incumbent, stop)
         if stop():
-            return Found(None, min(left_behind, float(layers[-1].bound.min())))
+            return Found(None, min(left_behind, proven))
         if not len(labels.done):
             return Found(None, left_behind)
         labels = _without_dominated(labels, data)
@@ -65,8 +66,7 @@ def search(
             order = np.argsort(labels.bound, kind="stable")
             left_behind = min(left_behind, float(labels.bound[order[width]]))
             labels = labels.take(order[:width])
-        layers.append(labels)
-    return Found(_starts(layers, instance), left_behind)
+    return Found(labels.end[labels.latency.argmin()] - instance.output, left_behind)
 
 
 def _prepared(relaxation: ChainRelaxation, at: Multipliers) -> Search:
@@ -115,7 +115,7 @@ def _next_layer(labels: Labels, data: Search, incumbent: int, stop: Callable[[],
     from formulations.batching_labels import Labels, expand
 
     size = max(BUFFER, 2 * data.cost.size)
-    out, begin, pieces = Labels.empty(size, labels.usage.shape[1]), 0, []
+    out, begin, pieces = Labels.empty(size, data.cost.shape[0], labels.usage.shape[1]), 0, []
     while begin < len(labels.done) and not stop():
         written, begin = expand(labels, begin, out, data, incumbent)
         pieces.append(out.take(np.arange(written)))
@@ -138,14 +138,3 @@ def _without_dominated(labels: Labels, data: Search) -> Labels:
     order = np.lexsort((labels.latency + left * labels.round, labels.done))
     alive: Bools = undominated(labels, order, left, latest, data.rank, TRIES)
     return labels.take(np.flatnonzero(alive))
-
-
-def _starts(layers: list[Labels], instance: Rounds) -> Ints:
-    """Starts of the best label of the last layer, followed back through its parents."""
-    label = int(layers[-1].latency.argmin())
-    start = np.zeros(len(instance), dtype=np.int64)
-    for layer in layers[:0:-1]:
-        i = int(layer.last[label])
-        start[i] = layer.round[label] - instance.output[i]
-        label = int(layer.parent[label])
-    return start

@@ -77,10 +77,14 @@ def _fits(instance: Rounds, chosen: list[int], start: Ints, now: int) -> bool:
     return bool((np.where(age <= o, s + age, 0).sum(axis=1) <= instance.capacity).all())
 
 
-def best_start(instance: Rounds, iterations: int = 200_000, seed: int = 0) -> Ints:
-    """The best of the list rules, improved by simulated annealing over the order of a list schedule."""
+def best_start(instance: Rounds, iterations: int | None = None, seed: int = 0) -> Ints:
+    """The best of the list rules, improved by simulated annealing over the order of a list schedule.
+
+    The number of `iterations` defaults to what takes a second or two, 200 000 at most.
+    """
     from formulations.batching_kernels import anneal
 
+    iterations = min(200_000, 400_000_000 // (instance.horizon + 1)) if iterations is None else iterations
     rules = (mc_sf, by_volume, sorted_f) if not instance.arrival.any() else (mc_sf, by_volume)
     best = min((rule(instance) for rule in rules), key=instance.latency)
     for key in (best, best + instance.output):

@@ -60,10 +60,11 @@ def optimum(instance: Rounds) -> int:
 
 def small_instance(rng: np.random.Generator, most: int = 7) -> Rounds:
     """A random instance of at most `most` requests, half of them with arrivals over time."""
-    n, capacity = int(rng.integers(1, most + 1)), int(rng.integers(6, 15))
+    n = int(rng.integers(1, most + 1))
+    capacity = int(rng.integers(6, 13 if n < 6 else 10))
     prompt = rng.integers(0, 4, n)
     output = np.array([rng.integers(1, capacity - s + 1) for s in prompt])
-    arrival = rng.integers(0, 2 * n, n) if rng.random() < 0.5 else np.zeros(n, dtype=int)
+    arrival = rng.integers(0, n, n) if rng.random() < 0.5 else np.zeros(n, dtype=int)
     return Rounds(arrival, prompt, output, capacity)
 
 

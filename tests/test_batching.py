@@ -58,7 +58,7 @@ def test_program_search_and_brute_force_agree() -> None:
     for case in range(200):
         instance = small_instance(rng)
         best = optimum(instance)
-        found = ExactHindsight(iterations=20).solve(instance, mc_sf(instance))
+        found = ExactHindsight(iterations=40).solve(instance, mc_sf(instance))
         assert checked(instance, found.start) == found.latency == found.bound == best, case
         model = TimeIndexed(cliques=case % 2 == 0).build(instance, mc_sf(instance) if case % 3 else None)
         record = solve(model, SolveOptions(warm_start=case % 3 == 1))
