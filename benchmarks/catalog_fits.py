@@ -25,7 +25,7 @@ from llmopt.calibrate.bench_entries import FittedEntry, distserve_entry, splitwi
 from llmopt.calibrate.entry import entry_text, toml_entry
 from llmopt.calibrate.fit import FitOptions
 from llmopt.calibrate.from_profile import calibrate_profile
-from llmopt.calibrate.result import rounded
+from llmopt.calibrate.result import Calibration, rounded
 from llmopt.machines import accelerator, kv_capacity, model_shape
 
 DATE = "2026-11-24"
@@ -83,8 +83,8 @@ class Profiled:
     tensor_parallel: int = 1
     constants: Constants = field(default_factory=dict)
 
-    def __call__(self, shared: Path) -> str:
-        """The text of the entry."""
+    def calibrated(self, shared: Path, options: FitOptions = EFFORT, **pieces: int) -> Calibration:
+        """The fit, with other numbers of pieces if given."""
         constants = {**DEFAULTS, **self.constants}
         known = {key: constants[key][0] for key in ("max_batch", "token_budget", "kv_capacity") if key in constants}
         found = calibrate_profile(
@@ -92,10 +92,15 @@ class Profiled:
             accelerator=self.accelerator,
             model=self.model,
             tensor_parallel=self.tensor_parallel,
-            options=EFFORT,
+            options=options,
             **known,
+            **pieces,
         )
-        found = found.with_constants(constants)
+        return found.with_constants(constants)
+
+    def __call__(self, shared: Path) -> str:
+        """The text of the entry."""
+        found = self.calibrated(shared)
         return entry_text(found, date=DATE, command=COMMAND, description=self.description, source=self.source)
 
 

@@ -192,7 +192,7 @@ def test_a_load_is_followed_where_it_goes(folder: Path, table: StepTable, found:
 
 
 def test_the_load_of_a_scenario_fills_a_replica(table: StepTable, tmp_path: Path) -> None:
-    """800 waiting requests of 800 and 100 tokens: batches up to the limit, prompts inside the budget, all of the time."""
+    """800 waiting requests of 800 and 100 tokens: batches up to the limit, prompts in the budget, all of the time."""
     pool = "step_time = [{ base = 0.01 }], kv_capacity = 41408"
     (tmp_path / "s.toml").write_text(SCENARIO + f'pools = [{{ name = "p", replicas = 1, {pool} }}]')
     one = Pool(
