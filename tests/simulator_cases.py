@@ -152,8 +152,8 @@ def routers(draw: st.DrawFn, scenario: Scenario) -> Router:
     return replace(router, choices=draw(st.sampled_from([0, 0, 1, 2, 3])))
 
 
-def build(pool_rows: list[dict[str, Any]], horizon: float = 10.0) -> Scenario:
-    law = {"law": "uniform", "low": 1, "high": LONGEST}
+def build(pool_rows: list[dict[str, Any]], horizon: float = 10.0, longest: int = LONGEST) -> Scenario:
+    law = {"law": "uniform", "low": 1, "high": longest}
     classes = [{"name": name, "share": 0.5, "prompt": law, "output": law} for name in ("a", "b")]
     workload = {"rate": 4.0, "classes": classes}
     return Scenario.model_validate(
