@@ -21,7 +21,8 @@ import numpy as np
 from llmopt import load_scenario
 from llmopt.evaluate.simulate import simulate
 from llmopt.plan import Plan, index_router
-from llmopt.scenario import Scenario
+from llmopt.scenario import Pool, Scenario
+from llmopt.steptable import StepTable
 from llmopt.workload import Requests
 from tests import oracle
 
@@ -104,6 +105,55 @@ def speed(report: Report, scenario: Scenario, requests: Requests, runs: int) -> 
     report.line("compiled core on the same work, times the oracle", naive / ours, "x", least=100)
 
 
+def tabulated(pool: Pool) -> StepTable:
+    """A table with as many knots as measured ones have, of about the same step times as the pool's first piece."""
+    base, prefill, decode, kv, pairs = pool.stepper.coefficients[0]
+    tokens, sequences = np.geomspace(1.0, 4096.0, 180), np.geomspace(1.0, 512.0, 40)
+    batch, context = np.geomspace(1.0, 256.0, 16), np.geomspace(16.0, 32768.0, 24)
+    chunk, cached, few = np.geomspace(16.0, 2048.0, 8), np.linspace(0.0, 16384.0, 8), np.linspace(0.0, 256.0, 9)
+    own = pairs * chunk[:, None] * (cached + 0.5 * chunk[:, None])
+    return StepTable(
+        tokens=tokens,
+        token_time=base + prefill * tokens,
+        sequences=sequences,
+        sequence_time=(decode - prefill) * sequences,
+        decode_batch=batch,
+        decode_context=context,
+        decode_time=kv * np.outer(batch, context),
+        chunk=chunk,
+        cached=cached,
+        mixed_batch=few,
+        mixed_context=context,
+        mixed_time=own[:, :, None, None] + kv * np.outer(few, context),
+    )
+
+
+def engines(report: Report, scenario: Scenario, requests: Requests, runs: int) -> None:
+    """What a measured table and the scheduling of a real engine cost, against the same pool without them."""
+    plan = Plan("jsq", index_router(scenario, waiting=1.0, running=1.0))
+    options: dict[str, dict[str, Any]] = {
+        "a measured table": {"table": tabulated(scenario.pools[0])},
+        "scheduling ahead and prefix caching": {"async_scheduling": True, "prefix_caching": True},
+    }
+    options["all of it"] = {key: value for option in options.values() for key, value in option.items()}
+    work = {"plain": scenario} | {
+        name: scenario.model_copy(update={"pools": tuple(pool.model_copy(update=option) for pool in scenario.pools)})
+        for name, option in options.items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(runs):
+        for name, other in work.items():
+            start = perf_counter()
+            run = simulate(other, plan, requests=requests)
+            times[name].append(perf_counter() - start)
+    plain = np.array(times["plain"])
+    for name in options:
+        ratio = float(np.median(np.array(times[name]) / plain))
+        report.line(f"{name}, times the plain pool", ratio, "x", most=4.0)
+    seconds_per_second = run.end * len(run.replicas.steps) / float(np.median(times["all of it"]))
+    report.line("replica seconds simulated per second, all of it", seconds_per_second, "")
+
+
 def scaling(report: Report, requests: Requests, trace: Path | None, largest: int) -> None:
     """Time per request from 10 000 to `largest` requests on eight replicas, and peak memory."""
     scenario = on_replicas(8, trace)
@@ -129,6 +179,7 @@ def main() -> None:
     print(f"{len(requests)} requests ({options.trace or 'sampled'}) on 6 replicas; median of {options.runs} runs")
     report = Report()
     speed(report, scenario, requests, options.runs)
+    engines(report, scenario, requests, options.runs)
     scaling(report, requests, options.trace, options.largest)
     sys.exit(int(report.missed))
 
