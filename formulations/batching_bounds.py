@@ -98,13 +98,14 @@ def memory_prices(instance: Rounds, horizon: int) -> Floats:
     return np.asarray(prices)
 
 
-def round_down(instance: Rounds, grid: float) -> tuple[Ints, Ints]:
-    """Class of each request, shape (n,), and a member table (prompt, output, arrival) of shape (n_classes, 3).
+def round_down(instance: Rounds, grid: float, block: int) -> tuple[Ints, Ints]:
+    """Class of each request, shape (n,), and what its members have at least: (prompt, output, arrival), (n_classes, 3).
 
-    Prompts and outputs are rounded down to powers of 1 + `grid`. A smaller request needs less memory for less time,
-    so that the rounded instance is a relaxation.
+    Prompts and outputs are rounded down to powers of 1 + `grid`, arrivals to the beginning of a block. Every schedule
+    of the true requests is one of the rounded ones with the same starts, so that the rounded instance is a relaxation.
     """
-    table = np.stack([_down(instance.prompt, grid), _down(instance.output, grid), instance.arrival], axis=1)
+    early = instance.arrival // block * block
+    table = np.stack([_down(instance.prompt, grid), _down(instance.output, grid), early], axis=1)
     members, cls = np.unique(table, axis=0, return_inverse=True)
     return cls.reshape(-1), members
 
@@ -136,26 +137,30 @@ class CoarseRelaxation:
         import cvxpy as cp
         from scipy import sparse
 
-        cls, members = round_down(instance, self.grid) if self.grid else _each(instance)
+        cls, members = round_down(instance, self.grid, self.block) if self.grid else _each(instance)
         count = np.bincount(cls, minlength=len(members))
-        k, b = _starts(members, self.block, instance.horizon)
+        blocks = _horizon(instance) // self.block + 1
+        k, b = _starts(members, self.block, blocks)
         y = cp.Variable(len(k), nonneg=True, name="y")
-        begin = np.maximum(b * self.block, members[k, 2])
-        cost = begin + members[k, 1] - members[k, 2]
+        start = np.maximum(b * self.block, members[k, 2])
         serves = sparse.csr_array((np.ones(len(k)), (k, np.arange(len(k)))), shape=(len(members), len(k)))
-        area = self._area(members, k, b)
-        room = instance.capacity * self.block * np.arange(1, area.shape[0] + 1)
-        rows = [(serves @ y == count).set_label("served"), (area @ y <= room).set_label("memory")]
-        problem: Any = cp.Problem(cp.Minimize(cost @ y), rows)
+        room = instance.capacity * self.block * np.arange(1, blocks + 1)
+        rows = [
+            (serves @ y == count).set_label("served"),
+            (self._area(members, k, b, blocks) @ y <= room).set_label("memory"),
+        ]
+        problem: Any = cp.Problem(cp.Minimize(start @ y + int((instance.output - instance.arrival).sum())), rows)
         problem.name = self.name
         return problem
 
-    def _area(self, members: Ints, k: Ints, b: Ints) -> Any:
-        """V_k(K block - p) at the last start p of block b, for K = 1, 2, ...; sparse (n_blocks, n_columns).     (B4)"""
+    def _area(self, members: Ints, k: Ints, b: Ints, blocks: int) -> Any:
+        """V_k(K block - p) at the last start p of block b, for K = 1, 2, ...; sparse (n_blocks, n_columns).     (B4)
+
+        The last block stands for all later starts as well, which use no memory before the horizon.
+        """
         from scipy import sparse
 
-        blocks = int(b.max()) + 1
-        row, column = np.nonzero(np.arange(blocks)[:, None] >= b[None, :])
+        row, column = np.nonzero((np.arange(blocks)[:, None] >= b[None, :]) & (b[None, :] < blocks - 1))
         age = np.minimum((row - b[column]) * self.block + 1, members[k[column], 1])
         value = members[k[column], 0] * age + age * (age + 1) // 2
         return sparse.csr_array((value.astype(float), (row, column)), shape=(blocks, len(k)))
@@ -166,10 +171,15 @@ def _each(instance: Rounds) -> tuple[Ints, Ints]:
     return np.arange(len(instance)), table
 
 
-def _starts(members: Ints, block: int, horizon: int) -> tuple[Ints, Ints]:
-    """Class and block of each column: every block that still holds a start between arrival and horizon."""
-    first = members[:, 2] // block
-    last = np.maximum(first, (horizon - members[:, 1]) // block)
-    k = np.repeat(np.arange(len(members)), last - first + 1)
-    b = np.concatenate([np.arange(f, e + 1) for f, e in zip(first, last, strict=True)])
+def _horizon(instance: Rounds) -> int:
+    """Some rounds after the fluid schedule has ended; no start needs to be told apart later."""
+    ends = fluid(instance).served[-1][2] // instance.capacity if len(instance) else 0
+    return int(min(instance.horizon, ends + 2 * instance.output.max(initial=0))) + 1
+
+
+def _starts(members: Ints, block: int, blocks: int) -> tuple[Ints, Ints]:
+    """Class and block of each column, from the block of the arrival to the last one."""
+    first = np.minimum(members[:, 2] // block, blocks - 1)
+    k = np.repeat(np.arange(len(members)), blocks - first)
+    b = np.concatenate([np.arange(f, blocks) for f in first])
     return k, b

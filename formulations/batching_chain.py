@@ -85,7 +85,7 @@ class ChainRelaxation:
     @property
     def table_size(self) -> int:
         """Numbers in a table of the dynamic program."""
-        return self.rounds * len(self.classes[1]) * (self.instance.capacity + 1) ** (self.length - 2)
+        return int(self.rounds * len(self.classes[1]) * (self.instance.capacity + 1) ** (self.length - 2))
 
     def start(self) -> Multipliers:
         """Prices of the fluid schedule, and rewards that just pay for the cheapest completion."""
