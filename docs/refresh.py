@@ -15,7 +15,7 @@ from pathlib import Path
 from click.testing import CliRunner
 
 from llmopt.cli import main
-from tests.test_readme import DOCUMENTS, FENCE, ROOT, blocks, commands
+from tests.test_readme import DOCUMENTS, FENCE, ROOT, blocks, commands, provide, runnable
 
 PICTURE = "backlog.png"
 
@@ -27,11 +27,10 @@ def refreshed(body: str) -> str:
 
 
 def _lines(command: str, said: list[str]) -> list[str]:
-    """As many lines as `said` has; none of a command that is not ours is run."""
-    words = command.split()
-    if not said or words[0] != "llmopt":
+    """As many lines as `said` has; the old ones where the command cannot run here."""
+    if not said or not runnable(command):
         return said
-    result = CliRunner().invoke(main, words[1:], catch_exceptions=False)
+    result = CliRunner().invoke(main, command.split()[1:], catch_exceptions=False)
     return [line.rstrip() for line in result.stdout.splitlines() if line.strip()][: len(said)]
 
 
@@ -50,6 +49,7 @@ def refresh(document: Path) -> None:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
+        provide(Path(folder))
         for path in DOCUMENTS:
             refresh(path)
         CliRunner().invoke(main, ["compare", "quickstart", "--report", "demo"], catch_exceptions=False)

@@ -24,7 +24,13 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "
 FENCE = re.compile(r"^(?P<before>[^\n]*)\n+```(?P<kind>\w+)\n(?P<body>.*?)^```$", re.M | re.S)
 NUMBER = re.compile(r"[~*%]?(-?[\d,]*\.?\d+(?:e-?\d+)?)[*%]?")
 DIGEST = re.compile(r"\[[0-9a-f]{12}\]:?")
-TRACE = "AzureLLMInferenceTrace_conv.csv"
+SHARED = ROOT.parent / "shared" / "data"
+DATA = {
+    "AzureLLMInferenceTrace_conv.csv": SHARED / "azure-llm-2023" / "AzureLLMInferenceTrace_conv.csv",
+    "vllm-runs/RTX4090_Llama-3.1-8B": SHARED / "vllm-runs" / "RTX4090_Llama-3.1-8B",
+    "vllm-runs/profiles": SHARED / "vllm-runs" / "profiles",
+}
+"""Public data that commands of the documents name; a command is left out where its data are absent."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +82,26 @@ def untimed(line: str) -> str:
     return " ".join(line.split()[:-3])
 
 
-def check(command: str, said: list[str], traces: Path | None) -> None:
-    """Run `command` if it is ours and look for every line it is said to print."""
+def runnable(command: str) -> bool:
+    """Whether a command is ours and its data are at hand."""
     words = command.split()
-    if words[0] != "llmopt" or (TRACE in words and traces is None):
+    return words[0] == "llmopt" and all(DATA[word].exists() for word in words if word in DATA)
+
+
+def provide(folder: Path) -> None:
+    """Copy the public data that are at hand to where the commands look for them."""
+    for name, source in DATA.items():
+        if source.is_dir():
+            shutil.copytree(source, folder / name)
+        elif source.exists():
+            shutil.copy(source, folder / name)
+
+
+def check(command: str, said: list[str]) -> None:
+    """Run `command` if it can run and look for every line it is said to print."""
+    if not runnable(command):
         return
+    words = command.split()
     result = CliRunner().invoke(main, words[1:])
     assert result.exit_code == 0, f"{command}\n{result.output}"
     printed = [line for line in result.stdout.splitlines() if line.strip()]
@@ -88,17 +109,10 @@ def check(command: str, said: list[str], traces: Path | None) -> None:
     assert not missing, f"{command} does not print\n" + "\n".join(missing) + "\nbut\n" + "\n".join(printed)
 
 
-@pytest.fixture
-def traces() -> Path | None:
-    folder = ROOT.parent / "shared" / "data" / "azure-llm-2023"
-    return folder if folder.is_dir() else None
-
-
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS if d.exists()], ids=lambda d: d.relative_to(ROOT).as_posix())
-def test_documents_run(document: Path, traces: Path | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documents_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    if traces is not None:
-        shutil.copy(traces / TRACE, tmp_path)
+    provide(tmp_path)
     names: dict[str, object] = {}
     for block in blocks(document):
         if block.file is not None:
@@ -109,7 +123,7 @@ def test_documents_run(document: Path, traces: Path | None, tmp_path: Path, monk
             exec(compile(block.body, str(document), "exec"), names)
         elif block.kind == "console":
             for command, said in commands(block.body):
-                check(command, said, traces)
+                check(command, said)
 
 
 def test_every_link_and_picture_exists() -> None:
