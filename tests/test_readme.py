@@ -84,8 +84,12 @@ def untimed(line: str) -> str:
 
 def runnable(command: str) -> bool:
     """Whether a command is ours and its data are at hand."""
-    words = command.split()
-    return words[0] == "llmopt" and all(DATA[word].exists() for word in words if word in DATA)
+    return command.split()[0] == "llmopt" and at_hand(command)
+
+
+def at_hand(text: str) -> bool:
+    """Whether all public data that a command or a program names are here."""
+    return all(source.exists() for name, source in DATA.items() if name in text)
 
 
 def provide(folder: Path) -> None:
@@ -119,7 +123,7 @@ def test_documents_run(document: Path, tmp_path: Path, monkeypatch: pytest.Monke
             (tmp_path / block.file).write_text(block.body)
         if block.kind == "toml":
             tomllib.loads(block.body)
-        elif block.kind == "python" and block.file is None:
+        elif block.kind == "python" and block.file is None and at_hand(block.body):
             exec(compile(block.body, str(document), "exec"), names)
         elif block.kind == "console":
             for command, said in commands(block.body):
