@@ -67,20 +67,26 @@ def calibrate(context: click.Context, /, paths: tuple[str, ...], **options: Any)
 def _calibrated(context: click.Context, paths: Sequence[str], options: Mapping[str, Any]) -> Calibration:
     shared = {key: options[key] for key in CAPS if options[key] is not None}
     shared["allow_unphysical"] = options["allow_unphysical"]
+    names = {"accelerator": options["accelerator"], "model": options["model"], "tensor_parallel": options["tp"]}
     if any(_is_log(Path(path)) for path in paths) or options["columns"]:
         _refuse(context, (*FOR_PROFILES, "scenario"), "a benchmark log")
         if len(paths) > 1:
             raise ScenarioError(f"{', '.join(paths)}: a benchmark log is fitted alone; give one file")
         from llmopt.calibrate.from_benchmarks import calibrate_benchmarks
 
-        servers = _pairs("--select", options["select"]) | dict(_names(options))
-        return calibrate_benchmarks(paths[0], select=servers, columns=_pairs("--column", options["columns"]), **shared)
+        return calibrate_benchmarks(
+            paths[0],
+            select=_pairs("--select", options["select"]),
+            columns=_pairs("--column", options["columns"]),
+            **names,
+            **shared,
+        )
     _refuse(context, FOR_LOGS, "a profile")
     from llmopt.calibrate.from_profile import calibrate_profile
 
-    chosen = {key: options[key] for key in ("accelerator", "model", *FOR_PROFILES)}
+    chosen = {key: options[key] for key in FOR_PROFILES}
     load = _load(options["scenario"]) if options["scenario"] else None
-    return calibrate_profile(paths, tensor_parallel=options["tp"], load=load, **chosen, **shared)
+    return calibrate_profile(paths, load=load, **names, **chosen, **shared)
 
 
 def _load(scenario: str) -> Load:
@@ -102,13 +108,6 @@ def _is_log(path: Path) -> bool:
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         header = file.readline().lower()
     return any(name in header for name in (*QUANTITIES["ttft"], *QUANTITIES["tpot"]))
-
-
-def _names(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Keys of a server that have options of their own."""
-    for option, key in (("accelerator", "system"), ("model", "model"), ("tp", "tp")):
-        if options[option]:
-            yield key, str(options[option])
 
 
 def _refuse(context: click.Context, names: Sequence[str], what: str) -> None:

@@ -220,13 +220,14 @@ class _Search:
             yield np.where((prefill > 0) & (prefill >= least), len(decode) - 1, 0)
 
     def _splits(self, model: _Model) -> Iterator[Ints]:
-        """The largest pieces of `model`, where a new piece takes over half of the steps of one of them."""
+        """The largest pieces of `model`, where a new piece takes over half of the steps of one, or its worst."""
         values = model.values(self.thin)
         largest, new = values.argmax(axis=1), len(model.decode)
         gap = 1.0 - values.max(axis=1)
         tokens, kv = self.thin.raw[:, :2].sum(axis=1), self.thin.raw[:, 2]
         for j in np.unique(largest).tolist():
             mine = largest == j
+            yield np.where(mine & (gap > 0.5 * gap[mine].max()), new, largest)
             for score in (gap, tokens, kv, self.thin.seconds, *self._random_scores()):
                 yield np.where(mine & (score > np.median(score[mine])), new, largest)
 

@@ -11,7 +11,7 @@ import numpy as np
 from llmopt.arrays import Floats
 from llmopt.calibrate.bench import BenchFit, fit_benchmarks
 from llmopt.calibrate.bench_fit import BenchOptions
-from llmopt.calibrate.bench_table import BenchTable, read_benchmarks
+from llmopt.calibrate.bench_table import read_benchmarks
 from llmopt.calibrate.result import DIGITS, Calibration, Caps, Machine, Points, memory, physics, rounded
 from llmopt.errors import ScenarioError
 from llmopt.hardware import StepTime
@@ -24,13 +24,15 @@ PRECISIONS = {"fp8": "fp8", "fp8_block": "fp8", "nvfp4": "nvfp4", "bfloat16": "b
 """Precision of the weights by the name that aiconfigurator gives their multiplication."""
 TOKEN_BUDGET = 8192
 """Default of vLLM on data-centre GPUs, of SGLang and of TensorRT-LLM, with which such logs are made."""
-
 MAX_BATCH = 256
 
 
 def calibrate_benchmarks(
     path: str | Path,
     *,
+    accelerator: str = "",
+    model: str = "",
+    tensor_parallel: int | None = None,
     select: Mapping[str, str] | None = None,
     columns: Mapping[str, str] | None = None,
     max_batch: int | None = None,
@@ -44,8 +46,10 @@ def calibrate_benchmarks(
     ----------
     path
         A CSV file; `llmopt.calibrate.bench_table` says which columns it needs.
+    accelerator, model, tensor_parallel
+        Which server, if the log has several; where it states none, what was measured.
     select
-        Which server, by the keys of `bench_table.SETTING`, if the log has several.
+        Which server, by further keys of `bench_table.SETTING`.
     columns
         Names of columns that are not recognised.
     max_batch, token_budget, kv_capacity
@@ -60,9 +64,13 @@ def calibrate_benchmarks(
     ScenarioError
         In one sentence, if the log cannot be read, or the fit is impossible.
     """
-    table = read_benchmarks(path, columns).choose(select)
+    log = read_benchmarks(path, columns)
+    names = {"system": accelerator, "model": model, "tp": str(tensor_parallel or "")}
+    stated = {key for key in names if any(table.setting[key] for table in log.tables)}
+    table = log.choose({key: names[key] for key in stated if names[key]} | dict(select or {}))
+    setting = {**table.setting, **{key: name for key, name in names.items() if key not in stated}}
     fit = fit_benchmarks(table, BenchOptions(token_budget=float(token_budget), kv_capacity=kv_capacity))
-    machine = _machine(table)
+    machine = _machine(setting)
     max_batch = max(MAX_BATCH, int(table.load.concurrency.max())) if max_batch is None else max_batch
     room, why = _memory(fit, machine, max_batch, token_budget)
     caps = Caps(max_batch, token_budget, room)
@@ -79,7 +87,7 @@ def calibrate_benchmarks(
         kind="fitted to a benchmark log",
         source=f"{Path(table.source).name}: {table.label}",
         method=f"least relative errors of TTFT and TPOT at {len(table.load)} points, to {DIGITS} digits",
-        physics=tuple(_physics(table, machine, claims, allow_unphysical)),
+        physics=tuple(_physics(setting, machine, claims, allow_unphysical)),
         notes=tuple(_notes(fit)),
         constants={"kv_capacity": (room, why)},
     )
@@ -99,17 +107,16 @@ def _memory(fit: BenchFit, machine: Machine, max_batch: int, token_budget: int) 
         return int(held.max()), "at least, since a point holds as many; the machine is in no catalog"
 
 
-def _machine(table: BenchTable) -> Machine:
-    setting = table.setting
+def _machine(setting: Mapping[str, str]) -> Machine:
     precision = PRECISIONS.get(setting["gemm"] or setting["precision"], "")
     return Machine.named(setting["system"], setting["model"], int(float(setting["tp"] or 1)), precision)
 
 
 def _physics(
-    table: BenchTable, machine: Machine, claims: dict[str, tuple[Steps, Floats]], allow: bool
+    setting: Mapping[str, str], machine: Machine, claims: dict[str, tuple[Steps, Floats]], allow: bool
 ) -> Iterator[str]:
     """What the peaks say, if one tensor-parallel group computes everything that a rank does."""
-    spread = {key: int(float(table.setting[key] or 1)) for key in ("pp", "dp", "ep")}
+    spread = {key: int(float(setting[key] or 1)) for key in ("pp", "dp", "ep")}
     if spread["pp"] > 1 or spread["dp"] > 1 or spread["ep"] > machine.tensor_parallel:
         yield "not checked against peak arithmetic and bandwidth, since experts or layers are spread over further GPUs"
     else:

@@ -62,7 +62,14 @@ class Machine:
         chip = self.chip.name if self.chip else self.accelerator
         model = self.shape.name if self.shape else self.model
         many = f" x {self.tensor_parallel}" if self.tensor_parallel > 1 else ""
-        return f"{chip}{many}, {model}" + (f" in {self.precision}" if self.precision else "")
+        named = f"{chip or 'unnamed accelerator'}{many}, {model or 'unnamed model'}"
+        return named + (f" in {self.precision}" if self.precision else "")
+
+    @property
+    def unknown(self) -> str:
+        """What keeps the catalogs from helping."""
+        kind, name = ("model", self.model) if self.shape is None else ("accelerator", self.accelerator)
+        return f"{name!r} is in no catalog" if name else f"no {kind} is named"
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,8 +157,7 @@ def physics(machine: Machine, claims: Mapping[str, tuple[Steps, Floats]], allow:
         If a step time is below what peak arithmetic or bandwidth allow, with the figure.
     """
     if machine.shape is None or machine.chip is None:
-        unknown = machine.model if machine.shape is None else machine.accelerator
-        yield f"not checked against peak arithmetic and bandwidth, since {unknown!r} is in no catalog"
+        yield f"not checked against peak arithmetic and bandwidth, since {machine.unknown}"
         return
     precision = machine.precision or None
     limit = floor(machine.shape, machine.chip, tensor_parallel=machine.tensor_parallel, precision=precision)
@@ -176,10 +182,7 @@ def memory(machine: Machine, max_batch: int, token_budget: int, given: int | Non
     if given is not None:
         return given, "given by the user"
     if machine.shape is None or machine.chip is None:
-        unknown = machine.model if machine.shape is None else machine.accelerator
-        raise ScenarioError(
-            f"{machine.title}: {unknown!r} is in no catalog, so that no KV capacity can be computed; give --kv-capacity"
-        )
+        raise ScenarioError(f"{machine.title}: has no known KV capacity, since {machine.unknown}; give --kv-capacity")
     room = kv_capacity(
         machine.shape,
         machine.chip,
