@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from formulations.batching_bounds import area_bound
-from llmopt.arrays import Bools, Ints
+from llmopt.arrays import Ints
 from llmopt.rounds import Rounds
 
 START = "every request starts once"
@@ -66,14 +66,9 @@ def windows(instance: Rounds, latency: int | None) -> Ints:
     """
     latest = np.full(len(instance), instance.horizon)
     if latency is not None:
-        others = np.array([area_bound(_without(instance, i)) for i in range(len(instance))])
+        others = np.array([area_bound(instance.part(np.arange(len(instance)) != i)) for i in range(len(instance))])
         latest = np.minimum(latest, np.floor(instance.arrival + latency - others + 1e-6).astype(np.int64))
     return np.asarray(latest - instance.output)
-
-
-def _without(instance: Rounds, i: int) -> Rounds:
-    keep: Bools = np.arange(len(instance)) != i
-    return Rounds(instance.arrival[keep], instance.prompt[keep], instance.output[keep], instance.capacity)
 
 
 def started(m: Any, instance: Rounds) -> Any:

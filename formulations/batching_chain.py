@@ -180,14 +180,16 @@ def ascend(
     target: float,
     iterations: int,
     stop: Callable[[], bool] = lambda: False,
+    length: float = FIRST_STEP,
 ) -> tuple[float, Multipliers]:
     """Maximise L by subgradient steps with momentum towards `target`, an upper bound; best bound and its multipliers.
 
-    Prices count in tokens and rewards in requests; dividing the former by M makes one step length fit both.
+    `length` is the first step in units of Polyak's; begin with a short one at multipliers that are nearly best. Prices
+    count in tokens and rewards in requests; dividing the former by M makes one step length fit both.
     """
     capacity = relaxation.instance.capacity
     best, held = -np.inf, at
-    reference, since, length = -np.inf, 0, FIRST_STEP
+    reference, since = -np.inf, 0
     reward_step, price_step = np.zeros(len(at.reward)), np.zeros(len(at.price))
     for _ in range(iterations):
         here = relaxation.evaluate(at)

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from formulations.batching_bounds import area_bound
-from formulations.batching_chain import ChainRelaxation, Multipliers, ascend
+from formulations.batching_chain import FIRST_STEP, ChainRelaxation, Multipliers, ascend
 from formulations.batching_search import search
 from formulations.batching_start import best_start
 from llmopt.arrays import Bools, Floats, Ints
@@ -22,6 +22,7 @@ ROUNDING = 1e-6
 WIDTHS = (3_000, 30_000, 300_000, 2_000_000)
 SEARCHED = 25  # requests; beyond, a search of any width that fits into minutes proves no more than its relaxation
 SHARE_OF_START = 0.05
+WARM_STEP = 0.2
 LARGEST_TABLE = 60_000_000  # numbers; half a gigabyte
 Kind = tuple[float, Literal[3, 4]]
 STAGES: tuple[Kind, ...] = ((0.4, 3), (0.34, 3), (0.34, 4), (0.25, 4))
@@ -128,7 +129,8 @@ class _State:
             return
         self.kind = kind
         at = relaxation.adapted(self.at) if self.at else relaxation.start()
-        value, self.at = ascend(relaxation, at, self.latency, iterations, stop)
+        length = WARM_STEP if self.at else FIRST_STEP
+        value, self.at = ascend(relaxation, at, self.latency, iterations, stop, length)
         self.bound = max(self.bound, min(value, self.latency))
         self.strike(relaxation.completion_bounds(self.at))
 

@@ -17,7 +17,7 @@ from functools import cached_property
 
 import numpy as np
 
-from llmopt.arrays import Ints
+from llmopt.arrays import Bools, Ints
 from llmopt.errors import ScenarioError
 
 
@@ -74,6 +74,10 @@ class Rounds:
         later could move up by a round.
         """
         return int(self.arrival.max(initial=0) + self.output.sum())
+
+    def part(self, chosen: Bools) -> Rounds:
+        """The instance of the chosen requests alone; `chosen` has shape (n,)."""
+        return Rounds(self.arrival[chosen], self.prompt[chosen], self.output[chosen], self.capacity)
 
     def usage(self, start: Ints) -> Ints:
         """Tokens held in rounds 0, 1, ..., max c_i when request i starts at `start[i]`, shape (max c_i + 1,)."""
@@ -133,6 +137,6 @@ def _whole(name: str, values: object, n: int) -> Ints:
     return array.astype(np.int64)
 
 
-def _refuse(wrong: np.ndarray[tuple[int], np.dtype[np.bool_]], sentence: str, values: Ints) -> None:
+def _refuse(wrong: Bools, sentence: str, values: Ints) -> None:
     for i in np.flatnonzero(wrong)[:1]:
         raise ScenarioError(f"request {i} {sentence.format(values[i])}")
