@@ -166,6 +166,8 @@ def test_large_gpus_have_larger_default_batches(tmp_path: Path):
     large = {"hardware__device_name": "NVIDIA H100 80GB HBM3", "hardware__device_total_memory_bytes": 85_000_000_000}
     run = read_run(folder(tmp_path / "large", **absent, **large))
     assert (run.value("max_num_seqs"), run.value("max_num_batched_tokens")) == (1024, 8192)
+    unsized = read_run(folder(tmp_path / "unsized", **absent, hardware__device_name="NVIDIA H100 80GB HBM3"))
+    assert (unsized.value("max_num_seqs"), unsized.value("max_num_batched_tokens")) == (1024, 8192)
 
 
 def test_what_the_engine_resolved_counts_more_than_what_it_was_asked(tmp_path: Path):

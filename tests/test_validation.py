@@ -20,6 +20,7 @@ from llmopt.validation.fitting import met_steps
 from llmopt.validation.overhead import slope
 from llmopt.validation.replay import play, recorded_scenario, states_at
 from tests import recorded
+from tests.profile_files import tables
 
 HOST = 0.0015
 
@@ -289,6 +290,43 @@ def test_a_step_time_that_physics_forbids_is_named(folder: Path):
     """41 ms for 2048 tokens is 5 times faster than an RTX 4090 multiplies Llama-3.1-8B."""
     assert any("times faster" in note for note in judged(folder).notes)
     assert not any("times faster" in note for note in judged(folder, gpu="unheard-of").notes)
+
+
+def test_defaults_are_those_of_the_gpu_that_the_caller_names(tmp_path: Path, run: SimRun):
+    meta = recorded.settings(max_num_seqs=None, hardware=None)
+    folder = recorded.write_run(tmp_path / "nameless", recorded.lines(run), meta)
+    assert judged(folder).settings["max_num_seqs"].value == 256
+    assert judged(folder, gpu="H100").settings["max_num_seqs"].value == 1024
+
+
+def test_what_the_table_did_not_measure_is_said(folder: Path):
+    table = replace(recorded.small_table(), notes=("all-reduce: not measured",))
+    assert "profile: all-reduce: not measured" in validate(folder, table).notes
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "meta-llama/Llama-3.1-8B-Instruct-FP8"}, "in bf16, not in fp8"),
+        ({"quantization": "fp8"}, "in bf16, not in fp8"),
+        ({"quantization": "compressed-tensors"}, "does not say in which format"),
+    ],
+)
+def test_a_profile_in_half_precision_is_not_taken_for_quantised_weights(
+    tmp_path: Path, run: SimRun, changes: dict[str, Any], words: str
+):
+    """vLLM's dtype is bfloat16 there too: it is the format of the activations."""
+    tables().write(tmp_path / "profiles", "RTX4090_Llama-3.1-8B_tp1_")
+    folder = recorded.write_run(tmp_path / "x", recorded.lines(run), recorded.settings(**changes))
+    with pytest.raises(ScenarioError, match=words):
+        validate(folder, tmp_path / "profiles")
+
+
+def test_a_cache_in_another_format_and_experts_of_several_engines_are_said(tmp_path: Path, run: SimRun):
+    meta = recorded.settings(kv_cache_dtype="fp8", data_parallel_size=2, enable_expert_parallel=True)
+    meta["kv_cache"]["num_gpu_blocks"] *= 2
+    notes = judged(recorded.write_run(tmp_path / "RTX4090_k", recorded.lines(run), meta)).notes
+    assert any("KV cache in fp8" in note for note in notes) and any("exchange of these tokens" in n for n in notes)
 
 
 def test_the_replay_is_a_scenario_like_any_other(folder: Path):

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from llmopt.runs.folder import EngineRun, read_run
 from llmopt.runs.records import Curves, Records
-from llmopt.runs.settings import Origin, Setting
+from llmopt.runs.settings import Origin, Setting, assumed_for
 
-__all__ = ["Curves", "EngineRun", "Origin", "Records", "Setting", "read_run"]
+__all__ = ["Curves", "EngineRun", "Origin", "Records", "Setting", "assumed_for", "read_run"]

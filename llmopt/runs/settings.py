@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from llmopt.errors import ScenarioError
+from llmopt.machines import accelerator
 
 Origin = Literal["recorded", "assumed", "computed", "given"]
 Version = tuple[int, int]
@@ -147,11 +148,24 @@ def read_settings(meta: Mapping[str, Any], path: Path) -> dict[str, Setting]:
         If a recorded value cannot be.
     """
     found = {name: _recorded(meta, name, field, path) for name, field in FIELDS.items()}
-    memory, gpu = found["gpu_memory_bytes"], found["gpu"]
-    known = Known(
-        version_of(found["vllm_version"]), str(gpu.value) if gpu else "", float(memory.value) if memory else 0.0
-    )
-    return {name: setting or Setting(*_assumed(FIELDS[name], known)) for name, setting in found.items()}
+    return assumed_for({name: setting for name, setting in found.items() if setting})
+
+
+def assumed_for(settings: Mapping[str, Setting]) -> dict[str, Setting]:
+    """All settings of `FIELDS`: those that were not assumed as they are, the others at their defaults beside them."""
+    sure = {name: setting for name, setting in settings.items() if setting.origin != "assumed"}
+    gpu = str(sure["gpu"].value) if "gpu" in sure else ""
+    memory = float(sure["gpu_memory_bytes"].value) if "gpu_memory_bytes" in sure else _memory(gpu)
+    known = Known(version_of(sure.get("vllm_version")), gpu, memory)
+    return {name: sure.get(name) or Setting(*_assumed(field, known)) for name, field in FIELDS.items()}
+
+
+def _memory(gpu: str) -> float:
+    """Bytes of a GPU of the catalog, 0 if it is in none."""
+    try:
+        return accelerator(gpu).memory_bytes
+    except ScenarioError:
+        return 0.0
 
 
 def version_of(setting: Setting | None) -> Version:

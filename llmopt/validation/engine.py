@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from llmopt.errors import ScenarioError
 from llmopt.explain import explain
 from llmopt.hardware import Piece
-from llmopt.runs import EngineRun, Setting
+from llmopt.runs import EngineRun, Setting, assumed_for
 from llmopt.scenario import Pool
 from llmopt.steptable import StepTable
 from llmopt.validation.constants import NULL_BLOCKS
@@ -21,6 +21,8 @@ from llmopt.validation.fitting import fitted_pieces
 StepTimes = Literal["table", "max-affine"]
 PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
 """vLLM's names of number formats in this package's."""
+HALF = ("bf16", "fp16")
+"""Formats that vLLM's dtype may name of a checkpoint whose weights are quantised: it is that of the activations."""
 QUANTISED = {"fp8": "fp8", "awq": "int4", "gptq": "int4", "mxfp4": "mxfp4", "modelopt": "fp8", "modelopt_fp4": "nvfp4"}
 """Formats of the weights by vLLM's names of quantisation methods, those that leave no doubt."""
 
@@ -62,13 +64,15 @@ def engine_of(
     for name, value in (("gpu", gpu), ("model", model)):
         if value is not None:
             settings[name] = Setting(value, "given", f"--{name}")
+    settings = assumed_for(settings)
     _refuse_unplayable(run, settings)
     settings["kv_blocks"] = _kv_blocks(run, settings)
     table = profiles if isinstance(profiles, StepTable) else _table(run, profiles, settings)
     pool = _pool(run, settings, table)
     if step_time == "max-affine":
         pool = pool.model_copy(update={"step_time": fitted_pieces(run, pool), "table": None})
-    return Engine(pool, table, settings, tuple(_notes(settings)))
+    notes = (*_notes(settings), *(f"profile: {note}" for note in table.notes))
+    return Engine(pool, table, settings, notes)
 
 
 def _refuse_unplayable(run: EngineRun, settings: Mapping[str, Setting]) -> None:
@@ -119,6 +123,7 @@ def _computed_blocks(run: EngineRun, settings: Mapping[str, Setting]) -> int:
         shape,
         card,
         tensor_parallel=settings["tensor_parallel_size"].value,
+        expert_parallel=_expert_parallel(settings),
         precision=precision(settings) or None,
         kv_precision=_kv_precision(settings),
         utilisation=settings["gpu_memory_utilization"].value,
@@ -135,7 +140,15 @@ def precision(settings: Mapping[str, Setting]) -> str:
     if quantised is not None:
         return QUANTISED.get(str(quantised).removesuffix("_marlin"), "")
     name = str(settings["dtype"].value).removeprefix("torch.")
-    return "" if name == "auto" else PRECISIONS.get(name, name)
+    stated = PRECISIONS.get(name, name)
+    return "" if name == "auto" or stated in HALF else stated
+
+
+def _expert_parallel(settings: Mapping[str, Setting]) -> int:
+    """GPUs among which the routed experts are divided: all of them, or those of a replica count as one."""
+    if not settings["enable_expert_parallel"].value:
+        return 1
+    return int(settings["tensor_parallel_size"].value * settings["data_parallel_size"].value)
 
 
 def _kv_precision(settings: Mapping[str, Setting]) -> str | None:
@@ -146,16 +159,23 @@ def _kv_precision(settings: Mapping[str, Setting]) -> str | None:
 
 
 def _table(run: EngineRun, folder: str | Path, settings: Mapping[str, Setting]) -> StepTable:
+    from llmopt.machines import model_shape
     from llmopt.profiles import load_step_table
 
-    tensor, data = settings["tensor_parallel_size"].value, settings["data_parallel_size"].value
+    gpu, model = _required(run, settings, "gpu"), _required(run, settings, "model")
+    quantised, weights = settings["quantization"].value, precision(settings)
+    if quantised is not None and not weights and model_shape(model).precision in HALF:
+        raise ScenarioError(
+            f"{run.path}: has quantization = {quantised!r}, which does not say in which format the weights are; name "
+            f"the model with its format, as in --model {Path(model).name}-FP8"
+        )
     return load_step_table(
         folder,
-        _required(run, settings, "gpu"),
-        _required(run, settings, "model"),
-        tensor_parallel=tensor,
-        precision=precision(settings),
-        expert_parallel=tensor * data if settings["enable_expert_parallel"].value else 1,
+        gpu,
+        model,
+        tensor_parallel=settings["tensor_parallel_size"].value,
+        precision=weights,
+        expert_parallel=_expert_parallel(settings),
     )
 
 
@@ -208,6 +228,14 @@ def _notes(settings: Mapping[str, Setting]) -> list[str]:
             "data-parallel engines are played as independent replicas behind vLLM's balancer, which here sees their "
             "state without delay; that engines of a model with experts wait for each other in every step is not played"
         )
+        if settings["enable_expert_parallel"].value:
+            notes.append(
+                "the experts are divided among the data-parallel engines; that each engine's experts also serve the "
+                "tokens of the others, and the exchange of these tokens, are not played: steps come out too short"
+            )
+    kept = _kv_precision(settings)
+    if kept is not None and kept not in HALF:
+        notes.append(f"the run kept its KV cache in {kept}; attention takes what the profile says for its own")
     if not settings["enable_chunked_prefill"].value:
         notes.append("the run had chunked prefill off; it is played with prompts cut at the token budget")
     if not settings["scheduler_reserve_full_isl"].value:
