@@ -95,7 +95,10 @@ def _from_catalog(pool: dict[str, Any], where: str, folder: Path) -> dict[str, A
         entry = read_entry(folder / name) if name.endswith(".toml") else catalog_entry(name)
     except ScenarioError as error:
         raise ScenarioError(f"{where}: {error}") from None
-    return {"source": entry.description} | entry.pool | pool
+    constants = {"source": entry.description} | entry.pool
+    if pool.get("preemption", "recompute") != "recompute":
+        constants.pop("prefix_caching", None)  # only what is computed twice can be found in a cache
+    return constants | pool
 
 
 def _from_machines(pool: dict[str, Any], where: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pytest
 from benchmarks.catalog_fits import ENTRIES, catalog_file
 from llmopt.catalog import catalog_entry, catalog_names
 from llmopt.hardware import Piece, StepTime
+from llmopt.reading import load_scenario
 
 STATED = {"a100-llama31-8b", "h100-llama31-8b", "nie-a100-llama3-8b"}
 """Entries that rest on data sheets or on a publication, not on measurements at hand."""
@@ -57,3 +58,13 @@ def test_two_measurements_of_one_a100_agree_on_decode_and_not_on_prefill() -> No
         assert one(decode=batch, kv=1000 * batch) == pytest.approx(other(decode=batch, kv=1000 * batch), rel=0.15)
     ratio = one(prefill=2048, pairs=2048**2 / 2) / other(prefill=2048, pairs=2048**2 / 2)
     assert 1.15 < ratio < 1.45
+
+
+def test_another_preemption_mode_takes_the_constants_without_the_cache(tmp_path: Path) -> None:
+    laws = 'prompt = { law = "constant", value = 800 }, output = { law = "constant", value = 100 }'
+    text = f'workload = {{ rate = 1.0, classes = [{{ name = "all", share = 1.0, {laws} }}] }}\n'
+    for mode, cached in (("recompute", True), ("swap", False)):
+        own = f'catalog = "rtx4090-llama31-8b", preemption = "{mode}"'
+        (tmp_path / "s.toml").write_text(text + f'pools = [{{ name = "p", replicas = 1, {own} }}]')
+        pool = load_scenario(tmp_path / "s.toml").pools[0]
+        assert (pool.preemption, pool.prefix_caching, pool.async_scheduling) == (mode, cached, True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from llmopt import __version__
 from llmopt.arrays import Floats, Ints
 from llmopt.errors import ScenarioError
 from llmopt.hardware import FEATURES, Piece
@@ -118,6 +119,7 @@ class Calibration:
         """All of it as plain data."""
         machine = {k: v for k, v in vars(self.machine).items() if isinstance(v, str | int)}
         return {
+            "llmopt": __version__,
             **machine,
             "caps": vars(self.caps),
             "host_overhead": self.host_overhead,
