@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -185,16 +184,6 @@ def test_long_contexts_are_foretold_from_short_ones(data: Path) -> None:
     off = (grid.seconds / table - 1)[hidden & np.isfinite(table)]
     assert np.abs(off).mean() < 0.03
     assert np.abs(np.percentile(off, [5, 95])).max() < 0.06
-
-
-def test_the_document_says_what_happens(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = Path(__file__).resolve().parents[1]
-    monkeypatch.chdir(root)
-    text = (root / "docs" / "profiles.md").read_text()
-    code = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert code
-    for block in code:
-        exec(block, {})
 
 
 def last_alone(data: Path, gpu: str) -> tuple[float, float]:
