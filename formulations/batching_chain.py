@@ -135,6 +135,7 @@ class ChainRelaxation:
         done = [(i, int(costs[i].argmin())) for i in np.flatnonzero(~self.large).tolist()]
         if self.large.any():
             (V, who), (_, peak, count) = self.gains(at, costs), self.classes
+            V = V[: np.flatnonzero((V > 0).any(axis=1))[-1] + 1] if (V > 0).any() else V[:1]  # later, chains only lose
             after, first = self.kernels.gains_after(V, peak, count, self.instance.capacity, self.slack)
             chain = self.kernels.best_chain(V, after, first, peak, count, self.instance.capacity, self.slack)
             bound -= float(first[0])

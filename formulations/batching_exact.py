@@ -19,13 +19,14 @@ from llmopt.errors import ScenarioError
 from llmopt.rounds import Rounds
 
 ROUNDING = 1e-6
-WIDTHS = (3_000, 30_000, 300_000, 2_000_000)
+WIDTHS = (3_000, 3_000, 30_000, 300_000, 2_000_000)
 SEARCHED = 25  # requests; beyond, a search of any width that fits into minutes proves no more than its relaxation
 SHARE_OF_START = 0.05
 WARM_STEP = 0.2
 LARGEST_TABLE = 60_000_000  # numbers; half a gigabyte
 Kind = tuple[float, Literal[3, 4]]
-STAGES: tuple[Kind, ...] = ((0.4, 3), (0.34, 3), (0.34, 4), (0.25, 4))
+FIRST: Kind = (0.4, 3)
+THEN: Kind = (0.3, 4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +55,7 @@ class ExactHindsight:
     """
 
     time_limit: float = 60.0
-    iterations: int = 400
+    iterations: int = 300
     widths: tuple[int, ...] = WIDTHS
     name: str = "exact-hindsight"
 
@@ -71,16 +72,11 @@ class ExactHindsight:
 
         first = _annealed(instance, self.time_limit * SHARE_OF_START) if start is None else start
         state = _State(instance, first, area_bound(instance), permitted(instance, instance.horizon))
-        for kind in STAGES[:2]:
-            state.tighten(kind, self.iterations, stop)
-        if len(instance) <= SEARCHED:
-            state.look(self.widths[0], stop)
-        for kind in STAGES[2:]:
-            state.tighten(kind, self.iterations // 4, stop)
+        state.tighten(FIRST, self.iterations, stop)
         for width in self.widths:
             if len(instance) <= SEARCHED:
                 state.look(width, stop)
-            state.tighten(STAGES[-1], self.iterations // 4, stop)
+            state.tighten(THEN, self.iterations // 5, stop)
         return Hindsight(state.start, state.latency, state.whole_bound, perf_counter() - begin)
 
 
@@ -105,7 +101,7 @@ class _State:
     def __init__(self, instance: Rounds, start: Ints, bound: float, allowed: Bools) -> None:
         self.instance, self.start, self.bound, self.allowed = instance, start, bound, allowed
         self.latency = instance.latency(start)
-        self.kind: Kind = STAGES[0]
+        self.kind: Kind = FIRST
         self.at: Multipliers | None = None
 
     @property
