@@ -124,7 +124,7 @@ def splitwise(hardware: str, chip: str, gpus: int, each: float, words: str) -> C
         "tensor_parallel": (gpus, f"same: tensor_parallel {gpus}"),
         **price(each, gpus, words),
         "kv_capacity": (room.tokens, f"computed: {parts}; {room.bytes_per_token:,.0f} B a token on one GPU"),
-        "max_batch": (256, "vLLM default max_num_seqs; measured up to 64"),
+        "max_batch": (256, f"vLLM default max_num_seqs; measured up to {32 if gpus == 2 else 64}"),
         **DEFAULTS,
     }
     title = f"{accelerator(chip).name} x {gpus}, Llama-2-70B in fp16, tensor parallel {gpus}"
@@ -199,7 +199,7 @@ ENTRIES: dict[str, Callable[[Path], str]] = {
         model="Llama-2-70B",
         tensor_parallel=2,
         source=f"{VIDUR}: A100 80GB (DGX), Llama-2-70b-hf, tensor parallel 2",
-        description="A100 SXM 80GB x 2, Llama-2-70B in bf16: fitted to measured kernel times of Vidur",
+        description="A100 SXM 80GB x 2, Llama-2-70B in fp16: fitted to measured kernel times of Vidur",
         constants={**price(1.39, 2, A100_PRICE), "max_batch": (128, MEASURED.format(n=128))},
     ),
     "a100-llama3-8b": Profiled(
@@ -207,7 +207,7 @@ ENTRIES: dict[str, Callable[[Path], str]] = {
         accelerator="a100",
         model="Meta-Llama-3-8B",
         source=f"{VIDUR}: A100 80GB, Meta-Llama-3-8B; attention: {AICONFIGURATOR}",
-        description="A100 SXM 80GB, Llama-3-8B in bf16: dense kernels of Vidur, attention of aiconfigurator",
+        description="A100 SXM 80GB, Llama-3-8B in fp16: dense kernels of Vidur, attention of aiconfigurator",
         constants={**price(1.39, 1, A100_PRICE), "max_batch": (256, "vLLM default max_num_seqs")},
     ),
     "a100-sxm-llama31-8b": Profiled(
@@ -223,7 +223,7 @@ ENTRIES: dict[str, Callable[[Path], str]] = {
         accelerator="a800",
         model="Llama-2-7B",
         source=f"{FRONTIER}: A800, Llama-2-7b-hf",
-        description="A800 80GB, Llama-2-7B in bf16: fitted to measured kernel times of Frontier",
+        description="A800 80GB, Llama-2-7B in fp16: fitted to measured kernel times of Frontier",
         constants={"max_batch": (128, MEASURED.format(n=128))},
     ),
     "a100-opt-13b": distserve("OPT-13B", 1),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from llmopt.arrays import Floats
@@ -104,7 +104,7 @@ def test_more_memory_or_less_precision_never_holds_fewer_tokens(model: str, gpu:
     try:
         found = kv_capacity(shape, chip, tensor_parallel=tp).tokens
     except ScenarioError as error:
-        assert "leaves no KV memory" in str(error)
+        assert "leaves no KV memory" in str(error) or shape.heads % tp
         return
     assert found % 16 == 0
     assert kv_capacity(shape, chip, tensor_parallel=tp, utilisation=0.95).tokens >= found
@@ -171,6 +171,7 @@ STEPS = st.tuples(st.integers(0, 8192), st.integers(0, 512), st.floats(1, 8192),
 @given(st.sampled_from(model_names()), st.sampled_from(accelerator_names()), st.sampled_from([1, 2, 8]), STEPS)
 def test_no_roofline_is_below_the_floor(model: str, gpu: str, tp: int, step: tuple[int, int, float, float]) -> None:
     shape, chip = model_shape(model), accelerator(gpu)
+    assume(shape.heads % tp == 0)
     prefill, decode, context, cached = step
     row = features((prefill, decode, decode * context, prefill * (cached + prefill / 2)))
     guess = StepTime.from_pieces(roofline(shape, chip, tensor_parallel=tp))

@@ -27,6 +27,8 @@ LEAST = 5
 FOCUS_WIDTH = 1.0
 """With a focus, the weight of a point falls by e for each factor of e in concurrency, or e^2 in prompt length."""
 FOCUS_LEAST = 0.02
+NOTHING = 1e-9
+"""Part of a base below which what is left of it is round-off."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,13 @@ def _pieces(values: Floats, label: str) -> tuple[Piece, ...]:
     base, decode, kv, prefill, pairs, hidden = values.tolist()
     shared = {"decode": decode, "kv": kv}
     try:
-        mixed = Piece(name="mixed", base=max(base - hidden, 0.0), prefill=prefill, pairs=pairs, **shared)
+        mixed = Piece(
+            name="mixed",
+            base=base - hidden if base - hidden > NOTHING * base else 0.0,
+            prefill=prefill,
+            pairs=pairs,
+            **shared,
+        )
         return (Piece(name="decode", base=base, **shared), mixed) if hidden > 0 else (mixed,)
     except ValueError:
         text = ", ".join(f"{name} {value:.3g} s" for name, value in zip(PARAMETERS, values.tolist(), strict=True))

@@ -15,6 +15,8 @@ from llmopt.calibrate.bench_table import read_benchmarks
 from llmopt.calibrate.result import DIGITS, Calibration, Caps, Machine, Points, memory, physics, rounded
 from llmopt.errors import ScenarioError
 from llmopt.hardware import StepTime
+from llmopt.machines.accelerators import FOUR_BIT
+from llmopt.machines.lookup import QUANTISED
 from llmopt.machines.physics import Steps, probe
 
 if TYPE_CHECKING:
@@ -108,8 +110,13 @@ def _memory(fit: BenchFit, machine: Machine, max_batch: int, token_budget: int) 
 
 
 def _machine(setting: Mapping[str, str]) -> Machine:
-    precision = PRECISIONS.get(setting["gemm"] or setting["precision"], "")
-    return Machine.named(setting["system"], setting["model"], int(float(setting["tp"] or 1)), precision)
+    stated = (setting["gemm"] or setting["precision"]).lower()
+    precision = PRECISIONS.get(stated) or QUANTISED.get(stated, "")
+    names = setting["system"], setting["model"], int(float(setting["tp"] or 1))
+    published = Machine.named(*names)
+    if precision in FOUR_BIT and published.shape is not None and published.shape.precision in FOUR_BIT:
+        return published  # a log's "fp4" is the format that the model is published in
+    return Machine.named(*names, precision)
 
 
 def _physics(

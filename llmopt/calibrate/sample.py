@@ -3,7 +3,7 @@
 The rule knows the engine's limits and nothing of any workload. Half of the steps have no prefill. Batch sizes are half
 spread evenly, as in a replica that is loaded, and half by their logarithm, as in one that is not; mean contexts by
 their logarithm, as far as KV memory goes; prefill tokens evenly over the token budget, cut from one to three prompts,
-half of which are the continuation of a prompt that came before.
+half of which are the continuation of a prompt that came before, even where no profile has measured one.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def _mixed(table: StepTable, caps: Caps, u: Floats) -> Floats:
     room = np.minimum(min(caps.token_budget, tokens) - decode, chunk)
     prefill = np.maximum(np.round(fill * np.minimum(room, caps.kv_capacity - decode)), 1.0)
     before = np.where(u[:, 4] < 0.5, 0.0, u[:, 5] * CHUNKS * caps.token_budget)
-    before = np.round(np.clip(before, 0.0, np.minimum(cached, (caps.kv_capacity - prefill - decode) / 2)))
+    # a table without cached prompts extrapolates them by their pairs, which first chunks alone do not tell from tokens
+    reach = cached if cached > 0 else np.inf
+    before = np.round(np.clip(before, 0.0, np.minimum(reach, (caps.kv_capacity - prefill - decode) / 2)))
     one = prefill / prompts
     pairs = prefill * one / 2 + one * before
     kv = _kv(u[:, 1], decode, longest, caps.kv_capacity - prefill - before)

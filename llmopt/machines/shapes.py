@@ -244,7 +244,20 @@ class ModelShape(InputModel):
         return self.layers * self.cached_width * (UNQUANTISED if precision is None else weight_size(precision))
 
     def kv_shards(self, tensor_parallel: int) -> int:
-        """Among how many GPUs of a tensor-parallel group the KV cache is divided: a KV head is never split."""
+        """Among how many GPUs of a tensor-parallel group the KV cache is divided: a KV head is never split.
+
+        Raises
+        ------
+        ScenarioError
+            If the heads cannot be divided evenly among so many GPUs, as every engine demands.
+        """
+        shared = 1 if self.attention == "mla" else self.kv_heads
+        if self.heads % tensor_parallel or (shared % tensor_parallel and tensor_parallel % shared):
+            known = [n for n in (1, 2, 4, 8, 16) if self.heads % n == 0 and not (shared % n and n % shared)]
+            raise ScenarioError(
+                f"{self.name} has {self.heads} heads and {self.kv_heads} KV heads, which tensor_parallel = "
+                f"{tensor_parallel} does not divide evenly; take one of {', '.join(map(str, known))}"
+            )
         return 1 if self.attention == "mla" else min(tensor_parallel, self.kv_heads)
 
     @property

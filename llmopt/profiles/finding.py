@@ -31,7 +31,9 @@ NODE = re.compile(r"net_(?P<node>.+)_(?P<kind>all_?reduce|send_?recv)")
 SYSTEM = re.compile(r"(?P<gpu>[^_]+(?:_[^_]+)*?)__(?:.+__)?(?P<kind>[a-z_]+)_perf")
 BUNDLE = {"dense", "per_sequence", "attention", "moe"}
 ASSUMED = "bf16"
-"""The precision of files that state none: what both profilers use by default."""
+"""The precision of files that state none: what LLMServingSim uses by default."""
+VIDURS = "fp16"
+"""Vidur's: its profilers build every model in torch.float16 (profiling/mlp/mlp_wrapper.py, attention/main.py)."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,18 @@ def _table(path: Path) -> Found | None:
         return Found(path, layout, match["kind"], match["gpu"], match["model"], int(match["tp"]), precision)
     if match := KERNELS.fullmatch(path.stem):
         kind = "mlp" if match["kind"] == "linear_op" else match["kind"]
-        precision = precision_of(match["model"]) or ASSUMED
-        return Found(path, _layout(path, kind), kind, match["gpu"], match["model"], 0, precision)
+        layout = _layout(path, kind)
+        precision = precision_of(match["model"]) or _assumed(layout)
+        return Found(path, layout, kind, match["gpu"], match["model"], 0, precision)
     if path.stem in ("mlp", "linear_op", "attention", "moe") and len(parents) > 2:
         kind = "mlp" if path.stem == "linear_op" else path.stem
-        return Found(path, _layout(path), kind, parents[2], parents[0], 0, ASSUMED)
+        layout = _layout(path)
+        return Found(path, layout, kind, parents[2], parents[0], 0, _assumed(layout))
     return None
+
+
+def _assumed(layout: str) -> str:
+    return VIDURS if layout == VIDUR else ASSUMED
 
 
 def _collective(kind: str) -> str:
@@ -180,6 +188,9 @@ def choose(files: Sequence[Found], wanted: Wanted, where: str) -> list[Found]:
     if not mine and wanted.model:
         mine = [f for f in files if f.layout == AICONFIGURATOR and wanted.is_on(f)]
         modelled += [f for f in files if f.layout == AICONFIGURATOR]
+    kernels = [f for f in files if f.layout == AICONFIGURATOR and wanted.is_on(f)]
+    if kernels and not mine and not wanted.model:
+        raise ScenarioError(f"{where}: holds no profile of one model, {listed(kernels)}; name the model")
     if not mine:
         near = [f for f in modelled if wanted.is_on(f) or same_model(wanted.model, f.model)]
         raise ScenarioError(f"{where}: holds no profile of {wanted}; {listed(near or modelled)}")
@@ -192,7 +203,10 @@ def choose(files: Sequence[Found], wanted: Wanted, where: str) -> list[Found]:
     mine = _of_precision(mine, wanted, where)
     bundles = sorted({f.bundle for f in mine})
     if len(bundles) > 1:
-        raise ScenarioError(f"{where}: holds several profiles of {wanted}; {listed(mine)}; choose a folder with one")
+        raise ScenarioError(
+            f"{where}: holds several profiles of {wanted}; {listed(mine)}; name accelerator and model, or choose a "
+            "folder with one"
+        )
     return _of_degree(mine, wanted, where)
 
 

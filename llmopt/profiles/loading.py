@@ -42,8 +42,8 @@ def find_profile(
     """The profile of a model on an accelerator in a folder, which is searched recursively.
 
     Names are compared without case, punctuation, organisation, form factor, memory size and words about tuning. Files
-    that state no precision are taken for bf16. An all-reduce among `tensor_parallel` of these accelerators is taken
-    from wherever in the folder it was measured.
+    that state no precision are taken for bf16, Vidur's for fp16. An all-reduce among `tensor_parallel` of these
+    accelerators is taken from wherever in the folder it was measured.
 
     Raises
     ------
@@ -114,6 +114,8 @@ def _read(paths: Sequence[str | Path], wanted: Wanted, where: str, expert_parall
     chosen = choose(files, wanted, where)
     kinds = _by_kind(_with_experts(chosen, files, expert_parallel))
     first = chosen[0]
+    if first.layout == AICONFIGURATOR and wanted.tensor_parallel is None:
+        raise ScenarioError(f"{where}: holds kernels for any tensor-parallel degree; name one, 1 for a single GPU")
     empty = Profile(
         accelerator=wanted.accelerator or first.accelerator,
         model=wanted.model or first.model,
