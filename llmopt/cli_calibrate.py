@@ -53,6 +53,8 @@ def calibrate(context: click.Context, /, paths: tuple[str, ...], **options: Any)
     output = options["output"]
     if output is not None and not output.endswith(".toml"):
         raise ScenarioError(f"-o {output}: a catalog entry is a TOML file; name one that ends in .toml")
+    if options["report"] is not None and Path(options["report"]).is_file():
+        raise ScenarioError(f"--report {options['report']}: is a file; name a folder")
     found = _calibrated(context, paths, options)
     if output is not None:
         say_written([_write_entry(found, output, command_line(context))])

@@ -28,7 +28,8 @@ class Termination(StrEnum):
 class SolveOptions(InputModel):
     """Effort of a solve: `time_limit` (s), relative `gap` at which a MILP may stop, `threads`, `seed`.
 
-    `warm_start` begins from the values that a Pyomo model's variables carry, if they are feasible. `highs` passes further options to HiGHS as (name, value) pairs; an unknown one is refused, never ignored.
+    `warm_start` begins from the values that a Pyomo model's variables carry, if they are feasible. `highs` passes
+    further options to HiGHS as (name, value) pairs; an unknown one is refused, never ignored.
     """
 
     time_limit: Annotated[float, Field(gt=0)] = 60.0

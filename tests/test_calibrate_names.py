@@ -101,3 +101,12 @@ def test_kernel_tables_ask_for_what_they_need(tmp_path: Path) -> None:
         calibrate_profile([tmp_path])
     with pytest.raises(ScenarioError, match="any tensor-parallel degree; name one, 1 for a single GPU"):
         calibrate_profile([tmp_path], model="Llama-3.1-8B")
+
+
+def test_a_report_that_is_a_file_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "afile").write_text("")
+    words = ["calibrate", str(tmp_path), "-o", str(tmp_path / "x.toml"), "--report", str(tmp_path / "afile")]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 2
+    assert "name a folder" in result.stderr
+    assert not (tmp_path / "x.toml").exists()
