@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from llmopt.calibrate.from_benchmarks import calibrate_benchmarks
 from llmopt.calibrate.from_profile import calibrate_profile
 from llmopt.calibrate.result import Caps
 from llmopt.calibrate.sample import sample_steps
 from llmopt.catalog import catalog_entry
+from llmopt.cli import main
 from llmopt.errors import ScenarioError
 from llmopt.hardware import Piece, StepTime
 from llmopt.machines import accelerator, kv_capacity, model_shape, roofline
