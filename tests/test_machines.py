@@ -15,6 +15,8 @@ from llmopt.errors import ScenarioError
 from llmopt.machines import Accelerator, ModelShape, accelerator, accelerator_names, model_names, model_shape
 from llmopt.machines.lookup import accelerators, models
 from llmopt.machines.shapes import BYTES
+from llmopt.profiles.names import same_model
+from llmopt.runs.settings import read_settings
 
 PUBLISHED = {
     # Billions of parameters: total, active, and whether active counts the input embedding; from model cards and papers.
@@ -200,6 +202,14 @@ def test_every_name_and_alias_means_one_entry() -> None:
 def test_unknown_accelerators_are_refused(name: str) -> None:
     with pytest.raises(ScenarioError, match=r"is not in the catalog.*(did you mean|known are)"):
         accelerator(name)
+
+
+def test_a_folder_of_a_hub_cache_is_the_model_in_it() -> None:
+    cached = "/root/.cache/huggingface/hub/models--Qwen--Qwen3-32B/snapshots/abc123"
+    assert model_shape(cached) == model_shape("Qwen/Qwen3-32B")
+    assert model_shape(cached.replace("32B", "32B-FP8")).precision == "fp8"
+    assert same_model(cached, "Qwen3-32B")
+    assert read_settings({"model": cached}, Path("meta.json"))["model"].value == "Qwen/Qwen3-32B"
 
 
 def test_unknown_models_are_refused_with_the_nearest() -> None:

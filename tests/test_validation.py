@@ -322,11 +322,18 @@ def test_a_profile_in_half_precision_is_not_taken_for_quantised_weights(
         validate(folder, tmp_path / "profiles")
 
 
+def test_a_model_that_no_profile_has_names_the_options(tmp_path: Path, run: SimRun):
+    tables().write(tmp_path / "profiles", "RTX4090_Llama-3.1-8B_tp1_")
+    folder = recorded.write_run(tmp_path / "x", recorded.lines(run), recorded.settings(model="org/Unheard-7B"))
+    with pytest.raises(ScenarioError, match=r"Unheard-7B.* not in the catalog.*--gpu and --model name others"):
+        validate(folder, tmp_path / "profiles")
+
+
 def test_a_cache_in_another_format_and_experts_of_several_engines_are_said(tmp_path: Path, run: SimRun):
     meta = recorded.settings(kv_cache_dtype="fp8", data_parallel_size=2, enable_expert_parallel=True)
     meta["kv_cache"]["num_gpu_blocks"] *= 2
     notes = judged(recorded.write_run(tmp_path / "RTX4090_k", recorded.lines(run), meta)).notes
-    assert any("KV cache in fp8" in note for note in notes) and any("exchange of these tokens" in n for n in notes)
+    assert any("KV cache in fp8" in note for note in notes) and any("equally loaded" in n for n in notes)
 
 
 def test_the_replay_is_a_scenario_like_any_other(folder: Path):

@@ -69,7 +69,8 @@ def _read(folder: str, kind: type[Entry]) -> tuple[Entry, ...]:
 def model_shape(name: str) -> ModelShape:
     """The model that `name` means, whatever its publisher, folder, fine-tuning, case and punctuation.
 
-    ``meta-llama/Llama-3.1-8B-Instruct``, ``/data/model/Llama-3.1-8B`` and ``llama31-8b`` are one. A word for a
+    ``meta-llama/Llama-3.1-8B-Instruct``, ``/data/model/Llama-3.1-8B``, ``llama31-8b`` and a folder of Hugging Face's
+    cache, ``.../models--meta-llama--Llama-3.1-8B/snapshots/0e9e39f``, are one. A word for a
     quantisation, as in ``Qwen3-32B-FP8``, sets the precision.
 
     Raises
@@ -77,7 +78,7 @@ def model_shape(name: str) -> ModelShape:
     ScenarioError
         If no model has that name, with the nearest.
     """
-    words = _words(name)
+    words = _words(repository(name))
     wanted = "".join(word for word in words if not DECORATION.fullmatch(word))
     stored = [QUANTISED[word] for word in words if word in QUANTISED]
     for shape in models():
@@ -106,6 +107,12 @@ def accelerator(name: str) -> Accelerator:
     if found:
         return max(found, key=lambda a: a.gigabytes)
     raise ScenarioError(f"accelerator {name!r} is not in the catalog; {suggestion(name, accelerator_names())}")
+
+
+def repository(name: str) -> str:
+    """The repository that a folder of Hugging Face's cache holds; any other name as it is."""
+    folder = re.search(r"(?:^|[/\\])models--([^/\\]+)", name)
+    return folder[1].replace("--", "/") if folder else name
 
 
 def _words(name: str) -> list[str]:

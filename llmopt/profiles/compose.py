@@ -13,6 +13,7 @@ from llmopt.errors import ScenarioError
 from llmopt.machines import Accelerator, ModelShape
 from llmopt.profiles.data import DENSE_FFN, EXPERT_OPERATORS, PER_MODEL, TWICE, Grid, Profile
 from llmopt.profiles.estimates import ACTIVATION, completed, expert_curve, transfer
+from llmopt.profiles.exchange import exchange, exchanged, shared
 from llmopt.profiles.grids import thinned
 from llmopt.profiles.names import same_precision
 from llmopt.profiles.stretch import by_chunks, stretched
@@ -25,7 +26,14 @@ MOST = (24, 16, 16, 16)
 """Most knots on the axes of a table of mixed steps that is only the sum of two measured ones."""
 
 
-def compose(profile: Profile, shape: ModelShape, link: Accelerator | None = None, *, precision: str = "") -> StepTable:
+def compose(
+    profile: Profile,
+    shape: ModelShape,
+    link: Accelerator | None = None,
+    *,
+    precision: str = "",
+    data_parallel: int = 1,
+) -> StepTable:
     """The time of an engine step of this model from the profile's operators.
 
     Parameters
@@ -37,6 +45,9 @@ def compose(profile: Profile, shape: ModelShape, link: Accelerator | None = None
         the elementwise operators that a layout leaves out.
     precision
         Of the weights, by default the model's own; the profile must have been measured in it.
+    data_parallel
+        Engines among which the experts are divided, with equal loads: the expert block serves the tokens of all of
+        them, which are gathered before it and scattered after. Steps count the tokens of one.
 
     Raises
     ------
@@ -44,12 +55,13 @@ def compose(profile: Profile, shape: ModelShape, link: Accelerator | None = None
         If the profile is of another model or precision, or lacks an operator.
     """
     _agree(profile, shape, precision or shape.precision)
-    whole = completed(_with_expert_curve(profile, shape), shape, link)
+    own, reach = shared(_with_expert_curve(profile, shape), shape, data_parallel)
+    whole = completed(own, shape, link)
     _complete(whole, shape)
-    tokens, token_time, note = _by_tokens(whole, shape, link)
+    tokens, token_time, notes = _by_tokens(whole, shape, link, data_parallel)
     sequences, sequence_time = _by_sequences(whole)
     decode, mixed = _attention(whole, shape)
-    limits = (float(tokens[-1]), float(sequences[-1]), *decode.limits, *mixed.limits)
+    limits = (min(float(tokens[-1]), reach), float(sequences[-1]), *decode.limits, *mixed.limits)
     (tokens,), token_time = stretched((tokens,), token_time)
     (sequences,), sequence_time = stretched((sequences,), sequence_time)
     (batch, context), decode_time = stretched(decode.axes, decode.seconds)
@@ -69,7 +81,7 @@ def compose(profile: Profile, shape: ModelShape, link: Accelerator | None = None
         mixed_time=mixed_time,
         separate=profile.mixed is not None,
         source=f"{profile.name}, {profile.layout}: {', '.join(Path(name).name for name in profile.files)}",
-        notes=tuple(_notes(whole, shape.window_layers, note, decode, mixed)),
+        notes=tuple(_notes(whole, shape.window_layers, notes, decode, mixed)),
         limits=limits,
     )
 
@@ -149,17 +161,25 @@ def calls(operator: str, shape: ModelShape) -> int:
     return shape.layers * (2 if operator in TWICE else 1)
 
 
-def _by_tokens(profile: Profile, shape: ModelShape, link: Accelerator | None) -> tuple[Floats, Floats, str]:
-    """Knots and seconds of everything that depends on the tokens of a step, and a note on transfers."""
+def _by_tokens(
+    profile: Profile, shape: ModelShape, link: Accelerator | None, engines: int
+) -> tuple[Floats, Floats, list[str]]:
+    """Knots and seconds of everything that depends on the tokens of a step, and notes on transfers."""
     counts = {name: calls(name, shape) for name in profile.tokens}
     used = {name: curve for name, curve in profile.tokens.items() if counts[name]}
     knots = np.unique(np.concatenate([curve.at for curve in used.values()]))
     knots = knots[knots <= min(curve.at[-1] for curve in used.values())]
     seconds = np.asarray(sum((counts[name] * curve(knots) for name, curve in used.items()), np.zeros(len(knots))))
-    if profile.tensor_parallel == 1:
-        return knots, seconds, ""
-    reduce, note = transfer(profile, link)
-    return knots, seconds + REDUCES * shape.layers * reduce(knots * shape.hidden * ACTIVATION), note
+    notes = []
+    if profile.tensor_parallel > 1:
+        reduce, note = transfer(profile, link)
+        seconds = seconds + REDUCES * shape.layers * reduce(knots * shape.hidden * ACTIVATION)
+        notes.append(note)
+    if engines > 1 and shape.expert_layers:
+        swap, note = exchange(profile, link, engines)
+        seconds = seconds + shape.expert_layers * swap(exchanged(knots, shape, profile.tensor_parallel))
+        notes.append(note)
+    return knots, seconds, notes
 
 
 def _by_sequences(profile: Profile) -> tuple[Floats, Floats]:
@@ -188,10 +208,9 @@ def _attention(profile: Profile, shape: ModelShape) -> tuple[Grid, Grid]:
     return every, Grid(added, shape.layers * table, prefill.filled, prefill.extended, ends)
 
 
-def _notes(profile: Profile, windowed: int, transfer_note: str, decode: Grid, mixed: Grid) -> Iterator[str]:
+def _notes(profile: Profile, windowed: int, transfers: list[str], decode: Grid, mixed: Grid) -> Iterator[str]:
     yield from profile.notes
-    if transfer_note:
-        yield transfer_note
+    yield from filter(None, transfers)
     for name, grid in (("decode", decode), ("prefill" if profile.mixed is None else "mixed", mixed)):
         if grid.filled + grid.extended > 0:
             yield (

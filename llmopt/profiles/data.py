@@ -95,8 +95,10 @@ class Profile:
     tokens: operators by tokens of a step, seconds of one call on one GPU. sequences: operators by sequences.
     prefill: attention of one chunk of one request by (chunk, cached context), seconds of a layer. decode: attention of
     a decode-only step by (sequences, mean context). mixed: attention by (chunk, cached, sequences >= 1, context).
-    experts: the mixture-of-experts block. all_reduce, send_recv: transfers by bytes; link: what a transfer that was not
-    measured is estimated from. facts: constants of the model that the files state. layout: in which they were written.
+    experts: the mixture-of-experts block. all_reduce, send_recv: transfers by bytes; exchange: an all-gather and a
+    reduce-scatter among the GPUs of all engines that share experts, by bytes of one GPU; link: what a transfer that was
+    not measured is estimated from. facts: constants of the model that the files state. layout: in which they were
+    written.
     """
 
     accelerator: str
@@ -111,6 +113,7 @@ class Profile:
     mixed: Grid | None = None
     experts: Experts | None = None
     all_reduce: Curve | None = None
+    exchange: Curve | None = None
     send_recv: Curve | None = None
     link: Link | None = None
     facts: Mapping[str, int] = field(default_factory=dict)

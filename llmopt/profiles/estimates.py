@@ -104,20 +104,33 @@ def transfer(profile: Profile, chip: Accelerator | None) -> tuple[Callable[[Floa
     gpus = profile.tensor_parallel
     if profile.all_reduce is not None:
         return profile.all_reduce, ""
+    link = link_of(profile, chip, f"all-reduce among {gpus} GPUs")
+    return lambda size: ring(size, gpus, link), f"all-reduce: not measured, {described(link)}"
+
+
+def link_of(profile: Profile, chip: Accelerator | None, what: str) -> Link:
+    """The link from which a transfer that was not measured, `what`, is estimated: the profile's, else the chip's.
+
+    Raises
+    ------
+    ScenarioError
+        If none is known.
+    """
     link = profile.link
     if link is None and chip is not None:
         # an all-reduce reaches 52 to 65 % of the link's peak on two A100, 61 % on two H100, 60 % on two RTX PRO 6000
         link = Link(LINK_EFFICIENCY * chip.link_bandwidth, chip.link_latency, f"{chip.link} of {chip.name}")
     if link is None:
         raise ScenarioError(
-            f"{profile.name}: has no all-reduce among {gpus} GPUs and no link to estimate one; add a hardware.yaml or "
+            f"{profile.name}: has no {what} and no link to estimate one; add a hardware.yaml or "
             "network table, or name an accelerator of the catalog"
         )
-    note = (
-        f"all-reduce: not measured, a ring over {link.source} ({link.bandwidth / 1e9:.0f} GB/s, "
-        f"{link.latency * 1e6:.1f} us a round)"
-    )
-    return lambda size: ring(size, gpus, link), note
+    return link
+
+
+def described(link: Link) -> str:
+    """How notes describe an estimate from a link."""
+    return f"a ring over {link.source} ({link.bandwidth / 1e9:.0f} GB/s, {link.latency * 1e6:.1f} us a round)"
 
 
 def expert_curve(experts: Experts, shape: ModelShape) -> Curve:

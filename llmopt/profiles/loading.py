@@ -38,12 +38,14 @@ def find_profile(
     tensor_parallel: int = 1,
     precision: str = "",
     expert_parallel: int = 1,
+    data_parallel: int = 1,
 ) -> Profile:
     """The profile of a model on an accelerator in a folder, which is searched recursively.
 
     Names are compared without case, punctuation, organisation, form factor, memory size and words about tuning. Files
     that state no precision are taken for bf16, Vidur's for fp16. An all-reduce among `tensor_parallel` of these
-    accelerators is taken from wherever in the folder it was measured.
+    accelerators is taken from wherever in the folder it was measured, and
+    an all-gather among those of `data_parallel` engines that share experts from the accelerator's hardware.yaml.
 
     Raises
     ------
@@ -51,7 +53,7 @@ def find_profile(
         If there is none or several, or a file holds something that is no measurement; one sentence, with the file.
     """
     wanted = Wanted(accelerator, model, tensor_parallel, precision)
-    return _read([folder], wanted, str(folder), expert_parallel)
+    return _read([folder], wanted, str(folder), expert_parallel, data_parallel)
 
 
 def read_profile(
@@ -81,8 +83,12 @@ def load_step_table(
     tensor_parallel: int = 1,
     precision: str = "",
     expert_parallel: int = 1,
+    data_parallel: int = 1,
 ) -> StepTable:
     """`find_profile` and `compose` in one: the step time of a model of the catalog on an accelerator.
+
+    With `data_parallel` engines, whose experts are divided among more GPUs than one engine has, the expert block serves
+    the tokens of all of them (see `compose`); otherwise the engines are separate, and their number does not matter.
 
     Raises
     ------
@@ -90,6 +96,7 @@ def load_step_table(
         As both, or if the model is not in the catalog of models.
     """
     shape = model_shape(model)
+    engines = data_parallel if shape.experts and expert_parallel > tensor_parallel else 1
     profile = find_profile(
         folder,
         accelerator,
@@ -97,8 +104,9 @@ def load_step_table(
         tensor_parallel=tensor_parallel,
         precision=precision or shape.precision,
         expert_parallel=expert_parallel,
+        data_parallel=engines,
     )
-    return compose(profile, shape, _chip(accelerator), precision=precision)
+    return compose(profile, shape, _chip(accelerator), precision=precision, data_parallel=engines)
 
 
 def _chip(name: str) -> Accelerator | None:
@@ -109,7 +117,9 @@ def _chip(name: str) -> Accelerator | None:
         return None
 
 
-def _read(paths: Sequence[str | Path], wanted: Wanted, where: str, expert_parallel: int) -> Profile:
+def _read(
+    paths: Sequence[str | Path], wanted: Wanted, where: str, expert_parallel: int, data_parallel: int = 1
+) -> Profile:
     files = profile_files(paths)
     chosen = choose(files, wanted, where)
     kinds = _by_kind(_with_experts(chosen, files, expert_parallel))
@@ -125,7 +135,7 @@ def _read(paths: Sequence[str | Path], wanted: Wanted, where: str, expert_parall
     )
     profile = _READERS[first.layout](kinds, empty, expert_parallel)
     profile = _with_attention(profile, files, wanted)
-    return _with_transfers(profile, files, wanted)
+    return _with_transfers(profile, files, wanted, data_parallel)
 
 
 def _with_experts(chosen: list[Found], files: list[Found], expert_parallel: int) -> list[Found]:
@@ -181,16 +191,18 @@ def _with_attention(profile: Profile, files: list[Found], wanted: Wanted) -> Pro
     return replace(profile, prefill=other.prefill, decode=other.decode, files=files_used, notes=(*profile.notes, note))
 
 
-def _with_transfers(profile: Profile, files: list[Found], wanted: Wanted) -> Profile:
+def _with_transfers(profile: Profile, files: list[Found], wanted: Wanted, engines: int) -> Profile:
     """All-reduce, send/receive and link of the accelerator; a DGX before other machines, the profile's own first."""
     gpus = profile.tensor_parallel
-    if gpus == 1:
+    if gpus * engines == 1:
         return profile
     mine = [f for f in files if wanted.is_on(f)]
     for file in (f for f in mine if f.layout == HARDWARE):
         hardware = read_hardware(file.path)
         if hardware.gpus == gpus and hardware.all_reduce is not None:
             profile = replace(profile, all_reduce=hardware.all_reduce, files=(*profile.files, str(file.path)))
+        if engines > 1 and hardware.gpus == gpus * engines and hardware.exchange is not None:
+            profile = replace(profile, exchange=hardware.exchange, files=(*profile.files, str(file.path)))
         profile = replace(profile, link=profile.link or hardware.link)
     reduce = profile.all_reduce or _network(mine, "all_reduce", gpus)
     return replace(profile, all_reduce=reduce, send_recv=_network(mine, "send_recv", 2))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from llmopt.machines.lookup import repository
+
 FORM = (
     r"nvidia|geforce|tesla|amd|instinct|blackwell|hopper|ampere|server|workstation|edition|generation|gpu|dgx|hgx|nvlink"
     r"|sxm\d?|pcie|pci|hbm\d?e?|\d+ ?gib|\d+ ?gb|\d+ ?g\b"
@@ -26,7 +28,8 @@ def model_key(name: str) -> str:
 
     The organisation, case, punctuation, the order of words, and words about tuning, date and release do not count.
     """
-    plain = re.sub(r"v0\.\d(?![a-z0-9])", " ", name.lower().replace("\\", "/").rstrip("/").rsplit("/", 1)[-1])
+    last = repository(name).lower().replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+    plain = re.sub(r"v0\.\d(?![a-z0-9])", " ", last)
     words = [word for word in re.split(r"[-_/:()\s]+", plain) if word and word not in TUNED]
     words = [word for word in words if not re.fullmatch(r"\d{4}|20\d{4,6}|fp8|fp4|nvfp4|mxfp4|awq|gptq|int[48]", word)]
     return " ".join(sorted(part for word in words for part in re.findall(r"\d+[a-z]?|[a-z]+", word.replace(".", ""))))

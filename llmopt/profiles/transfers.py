@@ -47,9 +47,13 @@ def read_network(path: Path, collective: str, workers: int) -> Curve | None:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a hardware.yaml of LLMServingSim's profiler says: the measured all-reduce, if any, among how many GPUs."""
+    """What a hardware.yaml of LLMServingSim's profiler says: what was measured, if anything, among how many GPUs.
+
+    exchange: an all-gather and a reduce-scatter by bytes of one GPU, the input of the first and output of the other.
+    """
 
     all_reduce: Curve | None
+    exchange: Curve | None
     gpus: int
     link: Link | None
 
@@ -64,17 +68,29 @@ def read_hardware(path: Path) -> Hardware:
     """
     data = _yaml(path)
     wire = _table(_table(data.get("measured")).get("interconnect"))
+    try:
+        gpus = int(wire.get("npus") or 0)
+    except (TypeError, ValueError):
+        raise ScenarioError(f"{path}: {SAMPLES.removesuffix('samples')}npus is no number; correct it") from None
+    gather, scatter = (_measured(path, wire, name) for name in ("all_gather", "reduce_scatter"))
+    exchange = None
+    if gather is not None and scatter is not None:
+        knots = np.unique(np.concatenate([gather.at, scatter.at]))
+        exchange = Curve(knots, gather(knots) + scatter(knots))
+    return Hardware(_measured(path, wire, "all_reduce"), exchange, gpus, _link(path, _table(data.get("defaults"))))
+
+
+def _measured(path: Path, wire: dict[str, Any], collective: str) -> Curve | None:
+    """Seconds of a collective by the bytes of its samples."""
     samples = wire.get("samples")
-    chosen = [s for s in samples if _is_all_reduce(s)] if isinstance(samples, list) else []
+    chosen = [s for s in samples if _is_of(s, collective)] if isinstance(samples, list) else []
     try:
         pairs = np.array([[float(s["bytes"]), float(s["us"]) * MICRO] for s in chosen]).reshape(-1, 2)
-        gpus = int(wire.get("npus") or 0)
     except (KeyError, TypeError, ValueError):
         raise ScenarioError(f"{path}: {SAMPLES} holds no pairs of bytes and us; correct it") from None
     if not (np.isfinite(pairs) & (pairs > 0)).all():
         raise ScenarioError(f"{path}: {SAMPLES} holds a time that is not positive; measure it again")
-    curve = rising(pairs[:, 0], pairs[:, 1]) if len(pairs) else None
-    return Hardware(curve, gpus, _link(path, _table(data.get("defaults"))))
+    return rising(pairs[:, 0], pairs[:, 1]) if len(pairs) else None
 
 
 def _yaml(path: Path) -> dict[str, Any]:
@@ -92,8 +108,8 @@ def _table(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _is_all_reduce(sample: Any) -> bool:
-    return isinstance(sample, dict) and str(sample.get("collective", "all_reduce")) == "all_reduce"
+def _is_of(sample: Any, collective: str) -> bool:
+    return isinstance(sample, dict) and str(sample.get("collective", "all_reduce")) == collective
 
 
 def _link(path: Path, defaults: dict[str, Any]) -> Link | None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from llmopt.errors import ScenarioError
 from llmopt.machines import accelerator
+from llmopt.machines.lookup import repository
 
 Origin = Literal["recorded", "assumed", "computed", "given"]
 Version = tuple[int, int]
@@ -184,7 +185,7 @@ def _recorded(meta: Mapping[str, Any], name: str, field: Field, path: Path) -> S
         value = _at(meta, place)
         if value is not None:
             _check(value, field.kind, place, path)
-            return Setting(value, "recorded", place)
+            return Setting(repository(value) if name == "model" else value, "recorded", place)
     return None
 
 

@@ -169,14 +169,20 @@ def _table(run: EngineRun, folder: str | Path, settings: Mapping[str, Setting]) 
             f"{run.path}: has quantization = {quantised!r}, which does not say in which format the weights are; name "
             f"the model with its format, as in --model {Path(model).name}-FP8"
         )
-    return load_step_table(
-        folder,
-        gpu,
-        model,
-        tensor_parallel=settings["tensor_parallel_size"].value,
-        precision=weights,
-        expert_parallel=_expert_parallel(settings),
-    )
+    try:
+        return load_step_table(
+            folder,
+            gpu,
+            model,
+            tensor_parallel=settings["tensor_parallel_size"].value,
+            precision=weights,
+            expert_parallel=_expert_parallel(settings),
+            data_parallel=settings["data_parallel_size"].value,
+        )
+    except ScenarioError as error:
+        raise ScenarioError(
+            f"{error} (GPU {gpu!r} and model {model!r} are those of {run.path}; --gpu and --model name others)"
+        ) from None
 
 
 def _secant(table: StepTable, settings: Mapping[str, Setting]) -> tuple[Piece, ...]:
@@ -230,8 +236,8 @@ def _notes(settings: Mapping[str, Setting]) -> list[str]:
         )
         if settings["enable_expert_parallel"].value:
             notes.append(
-                "the experts are divided among the data-parallel engines; that each engine's experts also serve the "
-                "tokens of the others, and the exchange of these tokens, are not played: steps come out too short"
+                "the experts are divided among the data-parallel engines; each engine's are taken to serve as many "
+                "tokens of every other engine as of its own, that is, the engines as equally loaded"
             )
     kept = _kv_precision(settings)
     if kept is not None and kept not in HALF:
