@@ -5,4 +5,5 @@ from __future__ import annotations
 from baselines import routing
 from llmopt.policy import Policy
 
-POLICIES: tuple[Policy, ...] = routing.POLICIES
+POLICIES: dict[str, tuple[Policy, ...]] = {"routing": routing.POLICIES}
+"""The heuristics of each problem."""

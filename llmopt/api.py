@@ -37,7 +37,7 @@ def compare(
     scenario
         A scenario, its file, or the name of a bundled one.
     policies
-        Policies or their names, also ``module:attribute``; all bundled ones if absent.
+        Policies or their names, also ``module:attribute``; all bundled ones for its problem if absent.
     seeds
         Seeds of the simulation, or how many; those of the scenario if absent.
     progress
@@ -50,8 +50,9 @@ def compare(
     """
     from llmopt.evaluate.compare import compare as play
 
-    chosen = [_named(p) for p in (policy_names() if policies is None else policies)]
-    return play(_loaded(scenario), chosen, _seeds(seeds), progress)
+    known = _loaded(scenario)
+    chosen = [_named(p) for p in (policy_names(known.problem) if policies is None else policies)]
+    return play(known, chosen, _seeds(seeds), progress)
 
 
 def plan(scenario: Scenario | str | Path, policy: str | Policy = EXACT) -> Plan:
@@ -71,8 +72,7 @@ def plan(scenario: Scenario | str | Path, policy: str | Policy = EXACT) -> Plan:
         raise
     except Exception as error:
         raise PolicyError(f"policy {chosen.name!r} raised {short_error(error)}; fix its plan(scenario)") from error
-    check_plan(answer, known)
-    return answer
+    return check_plan(answer, known)
 
 
 def stability(scenario: Scenario | str | Path, policy: str | Policy = EXACT) -> StabilityReport:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
 from llmopt.arrays import Bools, Floats
+from llmopt.batcher import FIFO, Batcher, check_batcher
 from llmopt.errors import PolicyError
 from llmopt.explain import suggestion
 from llmopt.scenario import Scenario
 from llmopt.solution import Solve
+from llmopt.workload import Requests
 
 STATE_FEATURES = ("waiting", "running", "kv_tokens", "outstanding_tokens")
 """What a router may see of a replica at the instant of an arrival.
@@ -81,12 +83,19 @@ class Router:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer of a policy: the rule handed to the engine, the proof if there is one, and named figures."""
+    """The answer of a policy: the rules handed to the engine, the proof if there is one, and named figures.
+
+    A plan that leaves the router open gets round-robin (`check_plan`), and the engine's own rule where it leaves the
+    batcher open. `bound` is a certificate of its own: given requests, no rule has a smaller sum of end-to-end
+    latencies (s).
+    """
 
     policy: str
-    router: Router | RouterRule
+    router: Router | RouterRule | None = None
     solve: Solve | None = None
     figures: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    batcher: Batcher = FIFO
+    bound: Callable[[Requests], float] | None = None
 
     @property
     def fractions(self) -> Floats | None:
@@ -149,8 +158,8 @@ def ask(rule: RouterRule, policy: str, request: Incoming, states: list[ReplicaSt
     return r
 
 
-def check_plan(plan: Plan, scenario: Scenario) -> None:
-    """Refuse a plan that does not fit its scenario.
+def check_plan(plan: Plan, scenario: Scenario) -> Plan:
+    """The plan, its open router filled in; refused if it does not fit its scenario.
 
     Raises
     ------
@@ -159,10 +168,14 @@ def check_plan(plan: Plan, scenario: Scenario) -> None:
     """
     if not isinstance(plan, Plan):
         raise PolicyError(f"a policy returned {type(plan).__name__} instead of a Plan; return llmopt.Plan(...)")
+    if plan.router is None:
+        plan = replace(plan, router=index_router(scenario))
     if isinstance(plan.router, Router):
         _check_router(plan.policy, plan.router, scenario)
     elif not callable(plan.router):
         raise PolicyError(f"policy {plan.policy!r}: the router is neither a Router nor callable; return one of them")
+    check_batcher(plan.policy, plan.batcher, scenario)
+    return plan
 
 
 def _check_router(name: str, router: Router, scenario: Scenario) -> None:

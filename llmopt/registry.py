@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import sys
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,16 +23,19 @@ def _bundled() -> dict[str, Policy]:
     """Policies of the two packages by name, formulations first."""
     found: dict[str, Policy] = {}
     for package in PACKAGES:
-        for policy in _load(package).POLICIES:
+        for policy in chain.from_iterable(_load(package).POLICIES.values()):
             if policy.name in found:
                 raise PolicyError(f"two policies are named {policy.name!r}, one in {package}; rename one of them")
             found[policy.name] = policy
     return found
 
 
-def policy_names() -> tuple[str, ...]:
-    """Names of the bundled policies, optimized ones first."""
-    return tuple(_bundled())
+def policy_names(problem: str | None = None) -> tuple[str, ...]:
+    """Names of the bundled policies, or of those for one `problem`, optimized ones first."""
+    if problem is None:
+        return tuple(_bundled())
+    groups = [_load(package).POLICIES.get(problem, ()) for package in PACKAGES]
+    return tuple(policy.name for policy in chain.from_iterable(groups))
 
 
 def get_policy(name: str) -> Policy:

@@ -17,6 +17,7 @@ from llmopt.errors import ScenarioError
 from llmopt.explain import explain
 from llmopt.hardware import Piece, StepTime
 from llmopt.model import InputModel, Name
+from llmopt.predictions import ORACLE, Predictor
 from llmopt.steptable import StepTable
 from llmopt.workload import Workload
 
@@ -154,14 +155,19 @@ class Evaluation(InputModel):
 
 
 class Scenario(InputModel):
-    """One question: a workload, pools that could serve it, and how to judge the answers."""
+    """One question: a workload, pools that could serve it, and how to judge the answers.
+
+    problem: the open decision, which replica serves a request ("routing") or whom a replica serves when ("batching").
+    predictions: what rules know of output lengths.
+    """
 
     name: Name
-    problem: Literal["routing"] = "routing"
+    problem: Literal["routing", "batching"] = "routing"
     question: str = ""
     workload: Workload
     pools: Annotated[tuple[Pool, ...], Field(strict=False, min_length=1)]
     evaluation: Evaluation = Evaluation()
+    predictions: Predictor = ORACLE
 
     @model_validator(mode="after")
     def _consistent(self) -> Scenario:
@@ -186,6 +192,9 @@ class Scenario(InputModel):
     def digest(self) -> str:
         """SHA-256 over everything that determines results, a trace by its content; first 12 hex digits."""
         data = self.model_dump(mode="json", exclude={"workload": {"trace"}})
+        if self.predictions == ORACLE:
+            # a scenario that says nothing of predictions keeps the digest it had before there were any
+            del data["predictions"]
         sha = hashlib.sha256(json.dumps(data, sort_keys=True).encode())
         replay = self.workload.replay
         arrays = [] if replay is None else [replay.arrival, replay.prompt, replay.output, replay.cls]

@@ -15,7 +15,7 @@ from llmopt.policy import Policy
 from llmopt.scenario import Scenario
 from llmopt.stability import stability_rows
 
-BY_NAME = {policy.name: policy for policy in baselines.POLICIES}
+BY_NAME = {policy.name: policy for policy in baselines.POLICIES["routing"]}
 SMALL = {"kv_capacity": 1_000}
 
 
@@ -94,7 +94,7 @@ def test_affinity_loads_all_pools_alike_by_its_own_measure() -> None:
     assert fractions == pytest.approx(np.array([[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]]), abs=0.01)
 
 
-@pytest.mark.parametrize("policy", baselines.POLICIES, ids=lambda p: p.name)
+@pytest.mark.parametrize("policy", baselines.POLICIES["routing"], ids=lambda p: p.name)
 def test_every_rule_keeps_long_requests_out_of_small_pools(policy: Policy) -> None:
     question = one_tight_pool()
     run = simulate(question, policy.plan(question), horizon=20.0)

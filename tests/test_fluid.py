@@ -25,7 +25,7 @@ from llmopt.stability import equilibrium
 from llmopt.workload import Requests
 
 SLOW = {"step_time": [{"name": "step", "base": 0.02}]}
-HEURISTICS = {policy.name: policy for policy in baselines.POLICIES}
+HEURISTICS = {policy.name: policy for policy in baselines.POLICIES["routing"]}
 MU = 64 / (101 * 0.01)
 """Critical rate of one replica of `pool()`: 64 sequences, each 101 steps of 10 ms."""
 

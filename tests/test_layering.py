@@ -25,10 +25,10 @@ LAYERS = (
     ("lengths", "catalog", "solution", "steptable"),
     ("arrivals", "trace_data"),
     ("workload", "rounds", "hardware", "trace_formats"),
-    ("machines",),
+    ("machines", "predictions"),
     ("profiles",),
     ("scenario", "trace_files", "trace_summary", "trace_servegen"),
-    ("traces", "moments"),
+    ("traces", "moments", "batcher"),
     ("trace_workload", "stability", "plan"),
     ("reading", "mix", "chunks", "bridge"),
     ("walk", "bridge_pyomo", "bridge_cvxpy", "cones"),
@@ -48,7 +48,7 @@ LAYERS = (
 )
 RANK = {f"llmopt.{name}": rank for rank, names in enumerate(LAYERS) for name in names}
 POLICIES_MAY = ("errors", "arrays", "lengths", "workload", "hardware", "scenario", "moments", "solution")
-POLICIES_MAY += ("plan", "policy", "stability", "capacity", "rounds")
+POLICIES_MAY += ("plan", "policy", "stability", "capacity", "rounds", "batcher", "predictions")
 HEAVY = ("pandas", "cvxpy", "pyomo", "numba", "matplotlib", "scipy", "highspy")
 
 

@@ -16,7 +16,7 @@ from llmopt.plan import Router, check_plan
 from llmopt.policy import Optimized, Policy
 from llmopt.scenario import Scenario
 
-NAMES = registry.policy_names()
+NAMES = registry.policy_names("routing")
 
 
 def tight() -> Scenario:

@@ -78,7 +78,7 @@ def test_unknown_name_suggests_near_ones() -> None:
 def test_a_duplicate_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import baselines
 
-    monkeypatch.setattr(baselines, "POLICIES", (*baselines.POLICIES, baselines.POLICIES[0]))
+    monkeypatch.setattr(baselines, "POLICIES", {"routing": baselines.POLICIES["routing"][:1] * 2})
     registry._bundled.cache_clear()
     with pytest.raises(PolicyError, match="two policies are named 'random', one in baselines; rename"):
         registry.policy_names()

@@ -397,7 +397,7 @@ def test_the_largest_request_keeps_a_class_out_of_a_pool():
         [pool("small", worked(0.1, 1), kv_capacity=900), pool("large", worked(0.1, 1), replicas=3)],
         [cls("short", 100, 100, 1.0), cls("long", 1000, 100, 1.0)],
     )
-    for policy in POLICIES:
+    for policy in POLICIES["routing"]:
         plan = policy.plan(case)
         check_plan(plan, case)
         assert plan.router.fractions[1, 0] == 0
@@ -585,13 +585,13 @@ def test_idle_classes_do_no_harm():
             },
         }
     )
-    for policy in POLICIES:
+    for policy in POLICIES["routing"]:
         check_plan(policy.plan(case), case)
 
 
 def test_every_plan_is_json_ready_and_names_its_proof():
     case = roofline()
-    for policy in POLICIES:
+    for policy in POLICIES["routing"]:
         plan = policy.plan(case)
         figures = json.loads(json.dumps(dict(plan.figures), allow_nan=False))
         assert 0 < figures["critical_rate"] <= figures["outer_rate"] * (1 + 1e-9)

@@ -108,7 +108,7 @@ class _Game:
         self.tell(f"{policy.name}: plan")
         with self.timed("plan"):
             plan = policy.plan(self.scenario)
-        check_plan(plan, self.scenario)
+        plan = check_plan(plan, self.scenario)
         if plan.solve:
             self.seconds |= {"build": plan.solve.build_seconds, "solve": plan.solve.solve_seconds}
         return replace(outcome, plan=plan)

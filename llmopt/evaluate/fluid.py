@@ -64,7 +64,7 @@ def evaluate_fluid(scenario: Scenario, plan: Plan, horizon: float | None = None)
     PolicyError
         If the plan does not fit the scenario, or its rule returns no replica that can hold the request.
     """
-    check_plan(plan, scenario)
+    plan = check_plan(plan, scenario)
     span = scenario.evaluation.horizon if horizon is None else horizon
     cells = Cells.of(scenario, one_by_one=not isinstance(plan.router, Router))
     tank = _Tank(cells, spread_of(plan, scenario, cells))

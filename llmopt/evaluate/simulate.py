@@ -49,7 +49,7 @@ def simulate(
     ScenarioError
         If a request is malformed or fits into no replica at all.
     """
-    check_plan(plan, scenario)
+    plan = check_plan(plan, scenario)
     if requests is None:
         requests = scenario.workload.sample(scenario.evaluation.horizon if horizon is None else horizon, seed)
     _check_requests(scenario, requests)

@@ -1,0 +1,216 @@
+"""Batching rules as data: in which order, on what terms and beside whom waiting requests join the batch.
+
+What each field makes a replica do, step by step, is written in docs/simulator.md, "Batching rules".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Literal, NamedTuple, get_args, get_type_hints
+
+import numpy as np
+
+from llmopt.arrays import Floats, Ints
+from llmopt.errors import PolicyError
+from llmopt.predictions import ORACLE, PredictorBase
+from llmopt.scenario import Pool, Scenario
+
+Admission = Literal["pool", "lookahead", "optimistic"]
+Overflow = Literal["pool", "recompute", "swap", "restart"]
+Belief = Literal["point", "low", "high"]
+Victims = Literal["youngest", "last", "least", "all", "each"]
+Mixing = Literal["decode-first", "prefill-first", "prefill-only", "decode-only"]
+
+
+class Candidates(NamedTuple):
+    """What a rule may know of the requests, in order of arrival; every array has shape (n,).
+
+    arrival (s); prompt (tokens); cls: class number; u: the request's uniform random number; predicted: believed output
+    tokens (by the rule's `belief`), low and high: the interval. True outputs are not here: they are what an oracle
+    predicts.
+    """
+
+    arrival: Floats
+    prompt: Ints
+    cls: Ints
+    u: Floats
+    predicted: Ints
+    low: Ints
+    high: Ints
+
+
+class Snapshot(NamedTuple):
+    """One replica between two steps, for a rule that ranks its queue anew.
+
+    time (s); pool; waiting: numbers of its waiting requests, shape (w,), with their arrival (s), prompt, predicted
+    output and the output tokens they had emitted before they were preempted; for those that run, shape (r,): prompt,
+    predicted, computed KV tokens and emitted output tokens.
+    """
+
+    time: float
+    pool: Pool
+    waiting: Ints
+    arrival: Floats
+    prompt: Ints
+    predicted: Ints
+    emitted: Ints
+    running_prompt: Ints
+    running_predicted: Ints
+    running_computed: Ints
+    running_emitted: Ints
+
+
+Rule = Callable[[Candidates], Floats]
+Ranking = Callable[[Snapshot], Floats]
+
+
+@dataclass(frozen=True)
+class Replan:
+    """Every `every` seconds `rank` gives the waiting requests of each replica new keys, shape (w,), smaller first."""
+
+    every: float
+    rank: Ranking
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Hold requests back until enough of them are together.
+
+    by = "class": `counts` (n_classes,); a class moves, in prefill and decode, only in steps that find at least its
+    count of it waiting, and then admits that many. by = "stage": `edges` (m - 1,) increasing numbers of output tokens
+    divide a request's life into m segments, `counts` (m,); a segment moves only if all before it do and at least its
+    count of requests is at its first stage, of which that many go on.
+    """
+
+    by: Literal["class", "stage"]
+    counts: tuple[int, ...]
+    edges: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Batcher:
+    """A batching rule, the same on every replica; the default is the engine's own rule, first come first served.
+
+    order: "arrival"; "predicted" (fewest believed output tokens first); or a function of `Candidates` that returns keys
+    of shape (n,), smaller first. Ties go to the earlier arrival. The key of a request must depend on its own row only,
+    unless the rule is `clairvoyant`.
+    release: a function of `Candidates` that returns the time (s) before which a request is not admitted.
+    admission: "lookahead" (the batch with the candidate fits at every later step, as believed), "optimistic" (it fits
+    now), or what the pool's engine does.
+    overflow: what happens to a preempted request; "pool" means recompute where the pool's engine never preempts.
+    victims: who is preempted when memory runs out: the youngest of the batch, the last by order, the one with the
+    least believed output, all, or each with probability `clearing`.
+    belief: which of the predictions is believed; predictor: a predictor of the rule's own instead of the scenario's.
+    skips: how many waiting requests that do not fit may be passed over in a step; 0 stops at the first.
+    protected: part of the KV memory that admissions leave free.
+    mixing: whom a step serves: "decode-first" (running requests, then new ones), "prefill-first" (prefills, then
+    decodes with what is left), "prefill-only" (whole prefills alone if there are any), "decode-only" (nobody joins
+    before all have left).
+    hold: thresholds, see `Hold`; levels: numbers of output tokens at which a request sinks to the next level of a
+    multi-level feedback queue; replan: ranks the queue anew at regular times.
+    """
+
+    order: Literal["arrival", "predicted"] | Rule = "arrival"
+    release: Rule | None = None
+    admission: Admission = "pool"
+    overflow: Overflow = "pool"
+    victims: Victims = "youngest"
+    clearing: float = 1.0
+    belief: Belief = "point"
+    predictor: PredictorBase | None = None
+    skips: int = 0
+    protected: float = 0.0
+    mixing: Mixing = "decode-first"
+    hold: Hold | None = None
+    levels: tuple[int, ...] = ()
+    replan: Replan | None = None
+    clairvoyant: bool = False
+
+    def engine(self, pool: Pool) -> Pool:
+        """The pool as the theory may see it under this rule: its way to admit, and memory less what is protected."""
+        mode = self.preemption(pool) if self.admission == "optimistic" else pool.preemption
+        mode = "lookahead" if self.admission == "lookahead" else mode
+        if mode in ("recompute", "swap", "restart"):
+            mode = self.preemption(pool)
+        kept = int(pool.kv_capacity * (1 - self.protected))
+        caching = pool.prefix_caching and mode == "recompute"
+        return pool.model_copy(update={"preemption": mode, "kv_capacity": kept, "prefix_caching": caching})
+
+    def preemption(self, pool: Pool) -> Literal["recompute", "swap", "restart"]:
+        """What is kept of a preempted request."""
+        if self.overflow != "pool":
+            return self.overflow
+        return pool.preemption if pool.preemption in ("recompute", "swap", "restart") else "recompute"
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether running requests may pause, so that every step must look at each of them."""
+        return self.mixing != "decode-first" or self.hold is not None or bool(self.levels)
+
+    def predictor_of(self, scenario: Scenario) -> PredictorBase:
+        """The predictor in force: an oracle for clairvoyant rules, else the rule's own or the scenario's."""
+        if self.clairvoyant:
+            return ORACLE
+        return self.predictor or scenario.predictions
+
+
+FIFO = Batcher()
+_CHOICES = ("admission", "overflow", "victims", "belief", "mixing")
+
+
+def check_batcher(name: str, batcher: object, scenario: Scenario) -> None:
+    """Refuse a batching rule that cannot run on its scenario.
+
+    Raises
+    ------
+    PolicyError
+        Naming the policy, what is wrong and what is needed.
+    """
+    if not isinstance(batcher, Batcher):
+        raise PolicyError(f"policy {name!r}: the batcher is {type(batcher).__name__}; give a Batcher or None")
+    for field in _CHOICES:
+        known = get_args(get_type_hints(Batcher)[field])
+        if getattr(batcher, field) not in known:
+            raise PolicyError(f"policy {name!r}: {field} = {getattr(batcher, field)!r}; choose one of {known}")
+    if not callable(batcher.order) and batcher.order not in ("arrival", "predicted"):
+        raise PolicyError(f"policy {name!r}: order = {batcher.order!r}; give 'arrival', 'predicted' or a function")
+    for field, low, high in (("clearing", 0.0, 1.0), ("protected", 0.0, 0.95), ("skips", 0, 10**9)):
+        value = getattr(batcher, field)
+        if not low <= value <= high or (field == "clearing" and value == 0):
+            raise PolicyError(f"policy {name!r}: {field} = {value!r}; give a number from {low} to {high}")
+    if any(b <= a for a, b in pairwise((0, *batcher.levels))):
+        raise PolicyError(f"policy {name!r}: levels = {batcher.levels}; give increasing numbers of tokens from 1 on")
+    if batcher.replan is not None and not 0 < batcher.replan.every < np.inf:
+        raise PolicyError(f"policy {name!r}: plans every {batcher.replan.every!r} s; give a positive number of seconds")
+    _check_hold(name, batcher.hold, scenario)
+    _check_together(name, batcher, scenario)
+
+
+def _check_hold(name: str, hold: Hold | None, scenario: Scenario) -> None:
+    if hold is None:
+        return
+    needed = len(scenario.workload.classes) if hold.by == "class" else len(hold.edges) + 1
+    if len(hold.counts) != needed or min(hold.counts) < 1:
+        raise PolicyError(f"policy {name!r}: thresholds are {hold.counts}; give {needed} whole numbers from 1 on")
+    if any(b <= a for a, b in pairwise((0, *hold.edges))):
+        raise PolicyError(f"policy {name!r}: edges = {hold.edges}; give increasing numbers of tokens from 1 on")
+
+
+def _check_together(name: str, batcher: Batcher, scenario: Scenario) -> None:
+    """Refuse what has no meaning together."""
+    several = [f.name for f in fields(Batcher) if f.name in ("hold", "levels") and getattr(batcher, f.name)]
+    several += ["mixing"] if batcher.mixing != "decode-first" else []
+    if len(several) > 1:
+        raise PolicyError(f"policy {name!r}: has {' and '.join(several)}, which each decide who moves; keep one")
+    if batcher.levels and batcher.overflow == "restart":
+        raise PolicyError(f"policy {name!r}: levels with overflow = 'restart' never finish; use 'recompute' or 'swap'")
+    if (batcher.levels or batcher.hold) and (batcher.order != "arrival" or batcher.replan or batcher.release):
+        raise PolicyError(f"policy {name!r}: levels and hold serve in order of arrival; drop order, replan and release")
+    ahead = [pool.name for pool in scenario.pools if pool.async_scheduling]
+    if ahead and batcher != FIFO:
+        raise PolicyError(
+            f"policy {name!r}: pool {ahead[0]!r} schedules ahead, which only the engine's own first-come rule does; "
+            "set async_scheduling = false"
+        )
