@@ -41,10 +41,9 @@ class PredictorBase(InputModel, ABC):
         """Predictions for all requests, none below 1 or above what fits into `room` tokens beside the prompt."""
         most = np.maximum(room - requests.prompt, 1)
         point, low, high = self.guess(requests, classes)
-        tokens = [
-            np.clip(values, 1, most).astype(np.int64) for values in (np.rint(point), np.ceil(low), np.floor(high))
-        ]
-        return Predicted(tokens[0], np.minimum(tokens[1], tokens[0]), np.maximum(tokens[2], tokens[0]))
+        whole = (np.rint(point), np.ceil(low), np.floor(high))
+        best, least, largest = (np.clip(values, 1, most).astype(np.int64) for values in whole)
+        return Predicted(best, np.minimum(least, best), np.maximum(largest, best))
 
 
 class Oracle(PredictorBase):
@@ -95,9 +94,10 @@ class Interval(PredictorBase):
 
 
 class Buckets(PredictorBase):
-    """Which of the buckets [edge, next edge) the output falls into, as a length classifier says; the point is its middle.
+    """Which of the buckets [edge, next edge) the output falls into, as a length classifier says.
 
-    Below the first edge the bucket begins at 1; from the last on it ends at the largest output of the class.
+    The point is its middle. Below the first edge the bucket begins at 1; from the last edge on it ends at the largest
+    output of the class.
     """
 
     law: Literal["buckets"]

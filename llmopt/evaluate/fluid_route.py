@@ -55,6 +55,7 @@ class Spread(Protocol):
 
 def spread_of(plan: Plan, scenario: Scenario, cells: Cells) -> Spread:
     """The spread that the plan's rule amounts to."""
+    assert plan.router is not None
     if not isinstance(plan.router, Router):
         return Called(plan.policy, plan.router, scenario, cells)
     if plan.router.fractions is not None:

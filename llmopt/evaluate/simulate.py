@@ -57,6 +57,7 @@ def simulate(
     if isinstance(plan.router, Router):
         _run_router(engine, scenario, plan.policy, plan.router)
     else:
+        assert plan.router is not None
         _run_rule(engine, scenario, plan.policy, plan.router)
     return engine.result()
 
