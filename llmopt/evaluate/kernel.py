@@ -12,6 +12,7 @@ from llmopt.evaluate.kernel_route import Routing, drain, look, run
 from llmopt.evaluate.kernel_step import advance, arrive
 from llmopt.evaluate.kernel_types import Table, World, compiled
 from llmopt.evaluate.kernel_world import build_world
+from llmopt.evaluate.rules import Rules, first_come
 from llmopt.evaluate.run import ReplicaTotals, SimRun
 from llmopt.plan import STATE_FEATURES
 from llmopt.scenario import Pool
@@ -27,9 +28,9 @@ class CompiledCore:
 
     name = "compiled"
 
-    def __init__(self, pools: Sequence[Pool], requests: Requests) -> None:
+    def __init__(self, pools: Sequence[Pool], requests: Requests, rules: Rules | None = None) -> None:
         self.requests = requests
-        self.world = build_world(pools, requests)
+        self.world = build_world(pools, requests, rules or first_come(requests))
         self._seen = np.zeros((len(self.world.reps), len(STATE_FEATURES)), np.int64)
 
     def run(self, routing: Routing) -> int:
@@ -81,7 +82,7 @@ class Backlog:
     def __init__(self, pool: Pool, prompt: Ints, output: Ints) -> None:
         zeros = np.zeros(len(prompt))
         requests = Requests(zeros, prompt, output, zeros.astype(np.int64), zeros)
-        self._world = build_world([pool.model_copy(update={"replicas": 1})], requests)
+        self._world = build_world([pool.model_copy(update={"replicas": 1})], requests, first_come(requests))
         submit(self._world)
 
     def play(self, until: float = np.inf) -> ReplicaTotals:

@@ -9,12 +9,13 @@ import numpy as np
 from llmopt.arrays import Floats
 from llmopt.evaluate.kernel_table import flatten
 from llmopt.evaluate.kernel_types import COEFFICIENTS, MODES, NONE, REPLICA, REQUEST, WORD, Table, World
+from llmopt.evaluate.rules import Rules
 from llmopt.scenario import Pool
 from llmopt.workload import Requests
 
 
-def build_world(pools: Sequence[Pool], requests: Requests) -> World:
-    """Empty replicas, in order of their pools, and requests before their arrival."""
+def build_world(pools: Sequence[Pool], requests: Requests, rules: Rules) -> World:
+    """Empty replicas, in order of their pools, and requests before their arrival, with the rule that serves them."""
     reps = _replicas(pools)
     size = 1 << max(5, int(requests.output.max(initial=1) + 1).bit_length())
     reps["mask"], reps["ring"] = size - 1, size * np.arange(len(reps))

@@ -28,6 +28,7 @@ from llmopt.evaluate.kernel import RESULTS, collect
 from llmopt.evaluate.kernel_route import Routing
 from llmopt.evaluate.kernel_types import Table, World
 from llmopt.evaluate.kernel_world import build_world
+from llmopt.evaluate.rules import Rules, first_come
 from llmopt.evaluate.run import SimRun
 from llmopt.scenario import Pool
 from llmopt.workload import Requests
@@ -63,9 +64,9 @@ class PythonCore:
 
     name = "python"
 
-    def __init__(self, pools: Sequence[Pool], requests: Requests) -> None:
+    def __init__(self, pools: Sequence[Pool], requests: Requests, rules: Rules | None = None) -> None:
         self.requests = requests
-        self._tables = build_world(pools, requests)
+        self._tables = build_world(pools, requests, rules or first_come(requests))
         plain: Any = {name: array.tolist() for name, array in self._tables._asdict().items()}
         plain["reqs"] = self._reqs = _objects(self._tables.reqs)
         plain["reps"] = self._reps = _objects(self._tables.reps)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from llmopt.errors import PolicyError, ScenarioError
+from llmopt.evaluate.rules import Rules, rules_of
 from llmopt.evaluate.run import SimRun
 from llmopt.plan import Incoming, Plan, ReplicaState, Router, RouterRule, ask, check_plan
 from llmopt.scenario import Scenario
@@ -53,7 +54,7 @@ def simulate(
     if requests is None:
         requests = scenario.workload.sample(scenario.evaluation.horizon if horizon is None else horizon, seed)
     _check_requests(scenario, requests)
-    engine = _core(core, scenario, requests)
+    engine = _core(core, scenario, requests, rules_of(scenario, plan, requests))
     if isinstance(plan.router, Router):
         _run_router(engine, scenario, plan.policy, plan.router)
     else:
@@ -62,16 +63,16 @@ def simulate(
     return engine.result()
 
 
-def _core(core: Core, scenario: Scenario, requests: Requests) -> CompiledCore | PythonCore:
+def _core(core: Core, scenario: Scenario, requests: Requests, rules: Rules) -> CompiledCore | PythonCore:
     if core == "python":
         from llmopt.evaluate.python_core import PythonCore
 
-        return PythonCore(scenario.pools, requests)
+        return PythonCore(scenario.pools, requests, rules)
     if core != "compiled":
         raise ValueError(f"core = {core!r} is not known; give 'compiled' or 'python'")
     from llmopt.evaluate.kernel import CompiledCore
 
-    return CompiledCore(scenario.pools, requests)
+    return CompiledCore(scenario.pools, requests, rules)
 
 
 def _run_router(engine: CompiledCore | PythonCore, scenario: Scenario, policy: str, router: Router) -> None:

@@ -1,0 +1,76 @@
+"""A batching rule made ready for one set of requests: keys, beliefs and releases as arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmopt.arrays import Floats, Ints
+from llmopt.batcher import FIFO, Batcher, Candidates, Rule
+from llmopt.errors import PolicyError
+from llmopt.plan import Plan
+from llmopt.predictions import Predicted, check_predicted
+from llmopt.scenario import Scenario
+from llmopt.workload import Requests
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the engines need of a batcher; arrays of shape (n_requests,).
+
+    keys: place in the queue, smaller first; believed: output tokens; release (s): not admitted before.
+    """
+
+    batcher: Batcher
+    keys: Floats
+    believed: Ints
+    release: Floats
+
+
+def first_come(requests: Requests) -> Rules:
+    """The engine's own rule, which believes the truth."""
+    zeros = np.zeros(len(requests))
+    return Rules(FIFO, zeros, requests.output, zeros)
+
+
+def rules_of(scenario: Scenario, plan: Plan, requests: Requests) -> Rules:
+    """The plan's batcher for `requests`.
+
+    Raises
+    ------
+    PolicyError
+        If the predictor or a function of the batcher returns anything but an array that can be used.
+    """
+    batcher = plan.batcher
+    if batcher == FIFO:
+        return first_come(requests)
+    room = max(pool.largest for pool in scenario.pools)
+    predicted = batcher.predictor_of(scenario).predict(requests, scenario.workload.classes, room)
+    check_predicted(predicted, requests, room, plan.policy)
+    seen = candidates(requests, predicted, batcher)
+    keys = _asked(plan.policy, "order", batcher.order, seen) if callable(batcher.order) else np.zeros(len(requests))
+    release = (
+        np.zeros(len(requests)) if batcher.release is None else _asked(plan.policy, "release", batcher.release, seen)
+    )
+    return Rules(batcher, keys, seen.predicted, release)
+
+
+def candidates(requests: Requests, predicted: Predicted, batcher: Batcher) -> Candidates:
+    """What the batcher's functions may see."""
+    believed = getattr(predicted, batcher.belief)
+    return Candidates(
+        requests.arrival, requests.prompt, requests.cls, requests.u, believed, predicted.low, predicted.high
+    )
+
+
+def _asked(policy: str, what: str, rule: Rule, seen: Candidates) -> Floats:
+    """The numbers that a function of the batcher returns."""
+    remedy = f"return one finite number for each of the {len(seen.arrival)} requests"
+    try:
+        values = np.asarray(rule(seen), dtype=float)
+    except Exception as error:
+        raise PolicyError(f"policy {policy!r}: its {what} raised {type(error).__name__}: {error}; {remedy}") from error
+    if values.shape != seen.arrival.shape or not np.isfinite(values).all():
+        raise PolicyError(f"policy {policy!r}: its {what} returned numbers that cannot be used; {remedy}")
+    return values
