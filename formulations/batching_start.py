@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from formulations.batching_sorted import order_by_f
 from llmopt.arrays import Floats, Ints
 from llmopt.rounds import Rounds
 
@@ -24,31 +25,11 @@ def by_volume(instance: Rounds) -> Ints:
 def sorted_f(instance: Rounds) -> Ints:
     """Sorted-F: batches of smallest F(X) = sum of outputs / |X|^2 one after the other, then admitted in that order.
 
-    The best batch is sought among the prefixes of the orders by output, peak and volume that can start together.
-    Source: arXiv 2508.06133.
+    See `batching_sorted.order_by_f`. Source: arXiv 2508.06133.
     """
-    left, place = set(range(len(instance))), np.empty(len(instance))
-    while left:
-        batches = [
-            b for key in (instance.output, instance.peak, instance.volume) for b in _prefixes(instance, left, key)
-        ]
-        batch = min(batches, key=lambda b: (instance.output[b].sum() / len(b) ** 2, -len(b)))
-        for i in sorted(batch, key=lambda i: instance.output[i]):
-            place[i] = len(instance) - len(left)
-            left.remove(i)
+    place = np.empty(len(instance))
+    place[order_by_f(instance, len(instance))] = np.arange(len(instance))
     return admitted(instance, place)
-
-
-def _prefixes(instance: Rounds, left: set[int], key: Ints) -> list[list[int]]:
-    """Batches that can start together, grown one by one in the order of `key`."""
-    grown: list[list[int]] = []
-    batch: list[int] = []
-    for i in sorted(left, key=lambda i: (key[i], i)):
-        if not _fits(instance, [*batch, i], np.zeros(len(batch) + 1, dtype=np.int64), 0):
-            break
-        batch = [*batch, i]
-        grown.append(batch)
-    return grown
 
 
 def admitted(instance: Rounds, priority: Floats) -> Ints:
