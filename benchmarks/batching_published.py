@@ -1,15 +1,15 @@
 """The published studies of MC-SF, A_max and A_min in rounds, with our schedules and bounds beside the figures reported.
 
 1. Paper size (Jaillet et al., arXiv 2502.07115): models 1 and 2 as `llmopt.rounds` draws them. The optimum of such
-   instances is open, so that MC-SF is compared with the best schedule known and with the proven bound: the true ratio lies
-   between latency / best and latency / bound. Reported with Gurobi: model 1 average 1.005, worst 1.074, 114 of 200 optimal;
-   model 2 average 1.047, worst 1.227.
+   instances is open, so that MC-SF is compared with the best schedule known and with the proven bound: the true ratio
+   lies between latency / best and latency / bound. Reported with Gurobi: model 1 average 1.005, worst 1.074, 114 of
+   200 optimal; model 2 average 1.047, worst 1.227.
 2. Small instances that exact search closes: M ~ U{16..24}, s ~ U{1..3}, o ~ U{1..M-s}, in model 2 arrivals U{0..2n-1},
-   sorted; drawn in the order M, arrivals, s, o by one generator of seed 7. MC-SF, the variant that passes over what does not
-   fit, and MC-SF's check in order of arrival (MC-Benchmark).
-3. Outputs in a known interval [l, 100] (Chen, Ye, Zhou, arXiv 2508.14544): A_max and A_min, which know the interval only,
-   against H-SF, shortest first with true outputs. `--n` requests at round 0 with prompts of 10 tokens, memory 2000; outputs
-   uniform, or l less 1 plus a geometric of mean (100 - l) / 4 + 1, cut at 100.
+   sorted; drawn in the order M, arrivals, s, o by one generator of seed 7. MC-SF, the variant that passes over what
+   does not fit, and MC-SF's check in order of arrival (MC-Benchmark).
+3. Outputs in a known interval [l, 100] (Chen, Ye, Zhou, arXiv 2508.14544): A_max and A_min, which know the interval
+   only, against H-SF, shortest first with true outputs. `--n` requests at round 0 with prompts of 10 tokens, memory
+   2000; outputs uniform, or l less 1 plus a geometric of mean (100 - l) / 4 + 1, cut at 100.
 
     python -m benchmarks.batching_published [--quick] [--parts 1 2 3] [--seeds 8] [--limit 60]
 """
@@ -53,7 +53,8 @@ def paper_size(model: int, seeds: int, limit: float) -> None:
         )
     print(
         f"model {model}, {seeds} instances: MC-SF / best average {np.mean(lower):.3f}, worst {max(lower):.3f}; "
-        f"MC-SF / bound average {np.mean(upper):.3f}, worst {max(upper):.3f}; gap median {statistics.median(gaps):.1%}; "
+        f"MC-SF / bound average {np.mean(upper):.3f}, worst {max(upper):.3f}; gap median "
+        f"{statistics.median(gaps):.1%}; "
         f"best known already by MC-SF {sum(r <= 1 for r in lower)}; {perf_counter() - begin:.0f} s",
         flush=True,
     )
