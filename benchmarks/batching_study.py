@@ -5,7 +5,7 @@
    2502.07115): slopes of about 1/6 against 1/2 for the best of the benchmarks at high demand, 1/800 against 1/100 at
    low demand; 32.11 against 46.47 on average, which is 31 % less.
 2. traces: the Azure and Mooncake conversation traces, replayed at parts of the critical rate that the theory estimates
-   for the engine's own rule. Measured are the requests that arrive after the warm-up. The verdict is that of the margin,
+   for the engine's own rule. Measured are requests that arrive after the warm-up. The verdict is that of the margin,
    the factor on all arrivals at which a long simulated run's backlog begins to grow (`--margin` requests, 0 leaves it
    out); for rules without a long run, that of the measured window, in brackets.
 3. predictions: mean end-to-end latency in the first minute of lmsys-high as predictions grow worse, and in brackets the
