@@ -44,7 +44,7 @@ class HindsightReplay:
     Guarantee: no rule within the bound's reach has a smaller sum of end-to-end latencies.
     """
 
-    time_limit: float = 20.0
+    time_limit: float = 10.0
     name: str = "hindsight"
 
     def __post_init__(self) -> None:
@@ -168,6 +168,8 @@ class _Known:
         return start
 
     def _solved(self, rounds: Rounds) -> Hindsight:
+        if not len(rounds):
+            return Hindsight(rounds.arrival, 0, 0)
         key = np.concatenate([rounds.arrival, rounds.prompt, rounds.output]).tobytes()
         if key not in self.found:
             if len(rounds) * rounds.horizon > LARGEST:

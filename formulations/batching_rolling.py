@@ -18,7 +18,7 @@ from llmopt.rounds import Rounds
 from llmopt.scenario import Scenario
 
 FEW = 6
-"""Up to so many waiting requests every order is tried: 720 list schedules take some milliseconds."""
+"""Up to so many waiting requests every order is tried: 720 schedules take some milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class RollingHorizon:
 
     Of up to six waiting requests every order is tried. Of more, these: by mean start in the grid relaxation (B15) to
     (B17) with the memory of the running requests taken, by Sorted-F, by believed output, and by volume. An order is
-    worth the total latency of its list schedule in rounds: every request in its place starts as early as memory allows
+    worth the total latency in rounds of a queue that keeps it, looks ahead, and stops at the first that does not fit
     beside those before it and those that run. Believed outputs count as true, arrivals to come do not exist, and steps
     all last the same; it is a heuristic that solves programs, and no bound comes with it.
 
@@ -38,7 +38,7 @@ class RollingHorizon:
     """
 
     steps: int = 5
-    plans: int = 100
+    plans: int = 200
     name: str = "rolling-horizon"
 
     def plan(self, scenario: Scenario) -> Plan:
@@ -67,7 +67,7 @@ def best_order(waiting: Rounds, running: Rounds, most: int) -> Ints:
             np.argsort(waiting.output, kind="stable"),
             np.argsort(waiting.volume, kind="stable"),
         ]
-    return min(orders, key=list_latency(waiting, running))
+    return min(orders, key=queue_latency(waiting, running))
 
 
 def by_start(waiting: Rounds, running: Rounds) -> Ints:
@@ -77,18 +77,17 @@ def by_start(waiting: Rounds, running: Rounds) -> Ints:
     return np.lexsort((waiting.volume, np.round(start, 6)))
 
 
-def list_latency(waiting: Rounds, running: Rounds) -> Callable[[Ints], int]:
-    """A function from orders of the waiting requests to the latency of their list schedule, running ones first."""
-    from formulations.batching_kernels import list_schedule
+def queue_latency(waiting: Rounds, running: Rounds) -> Callable[[Ints], int]:
+    """Total latency, in rounds from now, of what runs and of a queue in a given order that stops at a misfit."""
+    from formulations.batching_sorted_kernel import prefix_schedule
 
     prompt = np.append(running.prompt, waiting.prompt)
     output = np.append(running.output, waiting.output)
-    now = np.zeros(len(prompt), dtype=np.int64)
     usage = np.zeros(2 * int(output.sum()) + 2, dtype=np.int64)
-    start = now.copy()
+    first = np.arange(len(running))
 
     def latency(order: Ints) -> int:
-        everybody = np.append(np.arange(len(running)), len(running) + order)
-        return int(list_schedule(everybody, now, prompt, output, waiting.capacity, usage, start))
+        everybody = np.append(first, len(first) + order)
+        return int(prefix_schedule(everybody, len(first), prompt, output, waiting.capacity, usage))
 
     return latency

@@ -132,7 +132,7 @@ class SortedLp(_Sorted):
     Source: Sorted-LP of Wang, Ye, Zhou, arXiv 2508.06133; details are our reading. No guarantee.
     """
 
-    plans: int | None = 100
+    plans: int | None = 200
     title: ClassVar[str] = "sorted-lp"
     rule: ClassVar[Order] = staticmethod(order_by_start)
 
@@ -146,6 +146,6 @@ class LpSwap(_Sorted):
     our reading. No guarantee.
     """
 
-    plans: int | None = 100
+    plans: int | None = 200
     title: ClassVar[str] = "lp-swap"
     rule: ClassVar[Order] = staticmethod(order_by_swaps)
