@@ -39,7 +39,8 @@ def test_every_key_is_documented(model: type[InputModel]) -> None:
 
 
 def test_every_law_format_and_mode_is_documented() -> None:
-    laws = [m.model_fields["law"].annotation for union in (Law, Arrivals, Predictor) for m in get_args(get_args(union)[0])]
+    unions = (Law, Arrivals, Predictor)
+    laws = [m.model_fields["law"].annotation for union in unions for m in get_args(get_args(union)[0])]
     words = [tag for law in laws for tag in get_args(law)] + list(get_args(Preemption))
     assert all(f'`"{word}"`' in TEXT for word in words)
     assert all(f"`{name}`" in TEXT for name in (*format_names(), *GENERIC))
