@@ -173,7 +173,7 @@ def _tuned(load: _Load, of_base: Floats, value: Callable[[tuple[Share, ...], Flo
         for p, choices in enumerate(options):
             tries = [((*best.shares[:p], share, *best.shares[p + 1 :]), best.scale) for share in choices]
             best = _better(best, tries, value)
-            scales = [np.where(np.arange(len(means)) == p, best.scale * f, best.scale) for f in SCALES if p]
+            scales = [np.where(np.arange(len(options)) == p, best.scale * f, best.scale) for f in SCALES if p]
             best = _better(best, [(best.shares, scale) for scale in scales], value)
         if best.value <= before * (1 + 1e-6):
             break
