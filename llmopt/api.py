@@ -55,8 +55,10 @@ def compare(
     return play(known, chosen, _seeds(seeds), progress)
 
 
-def plan(scenario: Scenario | str | Path, policy: str | Policy = EXACT) -> Plan:
+def plan(scenario: Scenario | str | Path, policy: str | Policy | None = None) -> Plan:
     """The plan of one policy, checked against the scenario; both may be named as in `compare`.
+
+    Without a policy it is the exact program of the scenario's problem.
 
     Raises
     ------
@@ -65,7 +67,8 @@ def plan(scenario: Scenario | str | Path, policy: str | Policy = EXACT) -> Plan:
     PolicyError
         If the policy raises anything else, or if its plan does not fit the scenario.
     """
-    known, chosen = _loaded(scenario), _named(policy)
+    known = _loaded(scenario)
+    chosen = _named(policy_names(known.problem)[0] if policy is None else policy)
     try:
         answer = chosen.plan(known)
     except LLMOptError:
@@ -87,6 +90,7 @@ def stability(scenario: Scenario | str | Path, policy: str | Policy = EXACT) -> 
 
     known = _loaded(scenario)
     answer = plan(known, policy)
+    known = answer.batcher.served(known)
     if answer.fractions is None:
         raise ScenarioError(
             f"policy {answer.policy!r} routes by the state of the replicas and has no fixed split to assess; "
@@ -108,6 +112,33 @@ def at_load(scenario: Scenario, load: float) -> Scenario:
     """The scenario with all arrivals scaled to `load` times the critical rate of the exact program's split."""
     report = stability(scenario)
     return at_rate(scenario, scenario.workload.total_rate * load * report.critical_rate / report.rate)
+
+
+def with_predictions(scenario: Scenario, text: str) -> Scenario:
+    """The scenario with another predictor of output lengths, such as ``noise:0.5``, ``quantile:0.9`` or ``none``.
+
+    Raises
+    ------
+    ScenarioError
+        If there is no such law, or its number is missing or out of range.
+    """
+    law, _, value = text.partition(":")
+    numbers = {"noise": "sigma", "interval": "factor", "quantile": "q"}
+    plain = {"oracle", "class-mean", "none"}
+    if law not in numbers and law not in plain:
+        known = ", ".join([*sorted(plain), *(f"{name}:{key.upper()}" for name, key in numbers.items())])
+        raise ScenarioError(f"--predictions {text} is not known; give one of {known}, or [predictions] in the file")
+    if (law in numbers) != bool(value):
+        raise ScenarioError(
+            f"--predictions {text}: write {law}:{numbers[law].upper()}"
+            if law in numbers
+            else f"--predictions {text}: {law} takes no number; drop it"
+        )
+    try:
+        number = {numbers[law]: float(value)} if value else {}
+    except ValueError:
+        raise ScenarioError(f"--predictions {text}: {value!r} is not a number; give one") from None
+    return scenario.replace(predictions={"law": law, **number})
 
 
 def _loaded(scenario: Scenario | str | Path) -> Scenario:
