@@ -88,23 +88,26 @@ class ExactHindsight:
         first = best_start(instance, FIRST_RUN) if start is None else start
         state = _State(instance, first, area_bound(instance), permitted(instance, instance.horizon))
         with Annealer(instance, first, RUN * self.time_limit) as annealer:
-            for stage in self._stages(len(instance)):
+            for stage in self._stages(state):
                 state.adopt(annealer.best)
                 if state.proven or stop():
                     break
                 state.look(stage, stop) if isinstance(stage, int) else state.tighten(stage, stop)
+            if state.at is None:  # no relaxation fits into memory; schedules can still be improved
+                annealer.wait(RUN * self.time_limit)
         state.adopt(annealer.best)
         return Hindsight(state.start, state.latency, state.whole_bound, self.clock() - begin)
 
-    def _stages(self, n: int) -> Iterator[Stage | int]:
+    def _stages(self, state: _State) -> Iterator[Stage | int]:
         """What to climb, and how wide to search; without a search, climb on until the time is up."""
-        yield from self.climb
-        if n <= SEARCHED:
+        climb = [stage for stage in (*self.climb, self.then) if state.fits(stage)]
+        yield from climb[: len(self.climb)]
+        if len(state.instance) <= SEARCHED:
             for width in self.widths:
                 yield width
-                yield self.then
-        while n > SEARCHED:
-            yield self.then
+                yield from climb[len(self.climb) :]
+        while climb and len(state.instance) > SEARCHED:
+            yield climb[-1]._replace(iterations=self.then.iterations, step=self.then.step)
 
 
 def permitted(instance: Rounds, horizon: int) -> Bools:
@@ -135,6 +138,10 @@ class _State:
         """The relaxation of a stage over the completions that are left."""
         return ChainRelaxation(self.instance, self.allowed, *stage[:3])
 
+    def fits(self, stage: Stage) -> bool:
+        """Whether the tables of a stage fit into memory."""
+        return self.relaxation(stage).table_size <= LARGEST_TABLE
+
     def adopt(self, start: Ints) -> None:
         """Keep a better schedule."""
         if self.instance.latency(start) < self.latency:
@@ -143,8 +150,6 @@ class _State:
     def tighten(self, stage: Stage, stop: Callable[[], bool]) -> None:
         """Raise the bound by a relaxation, and strike out completions whose bound is above latency - 1."""
         relaxation = self.relaxation(stage)
-        if relaxation.table_size > LARGEST_TABLE:
-            return
         self.stage = stage
         at = relaxation.adapted(self.at) if self.at else relaxation.start()
         value, self.at = ascend(relaxation, at, self.latency, stage.iterations, stop, stage.step)

@@ -105,6 +105,10 @@ class Annealer:
         self._halt[0] = 1
         self._thread.join()
 
+    def wait(self, seconds: float) -> None:
+        """Let it run on for some seconds."""
+        self._thread.join(timeout=seconds)
+
     def _run(self) -> None:
         seed, iterations = 1, SAMPLE
         while not self._halt[0]:

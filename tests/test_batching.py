@@ -223,6 +223,13 @@ def test_ten_thousand_requests_have_a_bound() -> None:
     assert (1.5 * members[cls, 1] + 1 > output).all()
 
 
+def test_memories_too_large_for_tables_leave_the_area_bound() -> None:
+    rng = np.random.default_rng(5)
+    instance = Rounds.together(np.stack([rng.integers(1, 90, 40), rng.integers(1, 200, 40)], axis=1).tolist(), 4_000)
+    found = ExactHindsight(time_limit=1).solve(instance)
+    assert checked(instance, found.start) == found.latency >= found.bound >= area_bound(instance) - 1e-6
+
+
 @pytest.mark.parametrize("instance", [model_1(2, 12), model_2(2, 12)])
 def test_schedules_of_every_method_keep_the_rules(instance) -> None:
     starts = [mc_sf(instance), by_volume(instance), best_start(instance, 2000)]
