@@ -93,7 +93,7 @@ class ExactHindsight:
                 if state.proven or stop():
                     break
                 state.look(stage, stop) if isinstance(stage, int) else state.tighten(stage, stop)
-            if state.at is None:  # no relaxation fits into memory; schedules can still be improved
+            if state.at is None and not state.proven:  # no relaxation fits into memory; schedules can still be improved
                 annealer.wait(RUN * self.time_limit)
         state.adopt(annealer.best)
         return Hindsight(state.start, state.latency, state.whole_bound, self.clock() - begin)

@@ -47,14 +47,20 @@ def capacity(pool: Pool) -> int:
     return max(pool.largest, 2)
 
 
-def keys_of(order: Ints, predicted: Ints) -> Floats:
-    """Keys that put requests into this order, on the scale of believed outputs.
+def volumes(candidates: Candidates) -> Floats:
+    """Believed volume s p + p (p + 1) / 2 of each request, token-steps, shape (n,): where newcomers go at first."""
+    p = candidates.predicted.astype(float)
+    return np.asarray(candidates.prompt * p + p * (p + 1) / 2)
 
-    The first gets the smallest believed output of all, and so on, so that whoever arrives before the next plan and is
-    ranked by its own output lands where shortest-first would put it.
+
+def keys_of(order: Ints, volume: Ints) -> Floats:
+    """Keys that put requests into this order, on the scale of their volumes, shape (n,).
+
+    The first gets the smallest volume of all, and so on, so that whoever arrives before the next plan, ranked by its
+    own volume, lands where smallest-volume-first would put it.
     """
     keys = np.empty(len(order))
-    keys[order] = np.sort(predicted) + 0.5 * np.arange(len(order)) / max(len(order), 1)
+    keys[order] = np.sort(volume) + 0.5 * np.arange(len(order)) / max(len(order), 1)
     return keys
 
 

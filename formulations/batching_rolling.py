@@ -9,7 +9,7 @@ from itertools import permutations
 import numpy as np
 
 from formulations.batching_grid import GridRelaxation, mean_starts
-from formulations.batching_queue import keys_of, period, running_rounds, waiting_rounds
+from formulations.batching_queue import keys_of, period, running_rounds, volumes, waiting_rounds
 from formulations.batching_sorted import order_by_f
 from llmopt.arrays import Floats, Ints
 from llmopt.batcher import Batcher, Replan, Snapshot
@@ -42,16 +42,16 @@ class RollingHorizon:
     name: str = "rolling-horizon"
 
     def plan(self, scenario: Scenario) -> Plan:
-        """Look-ahead admission along the keys; between two plans newcomers are placed by their believed output."""
+        """Look-ahead admission along the keys; between two plans newcomers are placed by their believed volume."""
         every = period(scenario, self.steps, self.plans)
-        batcher = Batcher("predicted", admission="lookahead", replan=Replan(every, rank))
+        batcher = Batcher(volumes, admission="lookahead", replan=Replan(every, rank))
         return Plan(self.name, batcher=batcher, figures={"plans_every_s": every})
 
 
 def rank(snapshot: Snapshot) -> Floats:
     """Keys of the waiting requests by the best order found, shape (w,)."""
     waiting, running = waiting_rounds(snapshot), running_rounds(snapshot)
-    return keys_of(best_order(waiting, running, snapshot.pool.max_batch), snapshot.predicted)
+    return keys_of(best_order(waiting, running, snapshot.pool.max_batch), waiting.volume)
 
 
 def best_order(waiting: Rounds, running: Rounds, most: int) -> Ints:

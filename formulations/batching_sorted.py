@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from formulations.batching_grid import GridRelaxation, mean_starts
-from formulations.batching_queue import all_rounds, keys_of, period, waiting_rounds
+from formulations.batching_queue import all_rounds, keys_of, period, volumes, waiting_rounds
 from llmopt.arrays import Floats, Ints
 from llmopt.batcher import Batcher, Candidates, Replan, Snapshot
 from llmopt.plan import Plan
@@ -77,21 +77,22 @@ class _Sorted:
         return f"{self.title}-all" if self.at_once else self.title
 
     def plan(self, scenario: Scenario) -> Plan:
-        """Look-ahead admission along the keys; between two plans newcomers are placed by their believed output."""
+        """Look-ahead admission along the keys; between two plans newcomers are placed by their believed volume."""
         rule = type(self).rule
         if self.at_once:
             return Plan(
                 self.name, batcher=Batcher(_beforehand(rule, scenario), admission="lookahead", clairvoyant=True)
             )
         every = period(scenario, self.steps, self.plans)
-        batcher = Batcher("predicted", admission="lookahead", replan=Replan(every, _ranking(rule)))
+        batcher = Batcher(volumes, admission="lookahead", replan=Replan(every, _ranking(rule)))
         return Plan(self.name, batcher=batcher, figures={"plans_every_s": every})
 
 
 def _ranking(rule: Order) -> Callable[[Snapshot], Floats]:
     def rank(snapshot: Snapshot) -> Floats:
         """Keys of the waiting requests, shape (w,)."""
-        return keys_of(rule(waiting_rounds(snapshot), snapshot.pool.max_batch), snapshot.predicted)
+        waiting = waiting_rounds(snapshot)
+        return keys_of(rule(waiting, snapshot.pool.max_batch), waiting.volume)
 
     return rank
 
@@ -101,7 +102,8 @@ def _beforehand(rule: Order, scenario: Scenario) -> Callable[[Candidates], Float
 
     def order(candidates: Candidates) -> Floats:
         """Keys of all requests of the run, shape (n,)."""
-        return keys_of(rule(all_rounds(scenario, candidates), most), candidates.predicted)
+        requests = all_rounds(scenario, candidates)
+        return keys_of(rule(requests, most), requests.volume)
 
     return order
 

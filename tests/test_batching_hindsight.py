@@ -10,7 +10,9 @@ import pytest
 from batching_oracle import optimum, small_instance
 from factories import TWO_PIECES, pool, request_class, scenario
 
-from formulations.batching_hindsight import HindsightReplay, Replica, preemptive_bound, unit_rounds
+from formulations import batching_hindsight
+from formulations.batching_exact import Hindsight
+from formulations.batching_hindsight import HindsightReplay, Replica, best_known, preemptive_bound, unit_rounds
 from formulations.batching_start import by_volume, mc_sf
 from llmopt.batcher import Candidates
 from llmopt.errors import PolicyError, ScenarioError
@@ -61,6 +63,24 @@ def test_certificates_are_optimal_on_small_instances_with_arrivals() -> None:
         best = optimum(instance)
         assert plan.bound(requests) == pytest.approx(0.5 * best)
         assert instance.latency(plan.batcher.order(candidates_of(requests)).astype(int)) == best
+
+
+def test_the_program_closes_what_the_search_leaves_open(monkeypatch) -> None:
+    class Hasty:
+        def __init__(self, time_limit: float) -> None:
+            assert time_limit == 5.0
+
+        def solve(self, instance: Rounds) -> Hindsight:
+            start = mc_sf(instance)
+            return Hindsight(start, instance.latency(start), 0)
+
+    monkeypatch.setattr(batching_hindsight, "ExactHindsight", Hasty)
+    rng = np.random.default_rng(22)
+    for _ in range(8):
+        instance = small_instance(rng)
+        found = best_known(instance, 10.0)
+        assert found.latency == found.bound == instance.latency(found.start) == optimum(instance)
+        assert instance.feasible(found.start)
 
 
 def test_arrivals_inside_a_round_are_served_in_the_next_and_bounded_from_the_last() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from formulations.batching import TimeIndexed
 from formulations.batching_grid import GridRelaxation, kinds, mean_starts
-from formulations.batching_queue import all_rounds, full_step, keys_of, period, running_rounds, waiting_rounds
+from formulations.batching_queue import all_rounds, full_step, keys_of, period, running_rounds, volumes, waiting_rounds
 from formulations.batching_rolling import best_order, by_start, queue_latency
 from formulations.batching_rolling import rank as rolling_rank
 from formulations.batching_rules import AMax, AMin, McSf
@@ -230,12 +230,15 @@ def test_beliefs_that_cannot_fit_are_cut_to_what_does() -> None:
     assert (waits.output >= 1).all()
 
 
-def test_keys_keep_the_order_and_let_newcomers_in_by_their_output() -> None:
-    predicted = np.array([30, 5, 5, 80])
-    keys = keys_of(np.array([3, 0, 2, 1]), predicted)
+def test_keys_keep_the_order_and_let_newcomers_in_by_their_volume() -> None:
+    volume = np.array([30, 5, 5, 80])
+    keys = keys_of(np.array([3, 0, 2, 1]), volume)
     assert np.argsort(keys).tolist() == [3, 0, 2, 1]
     assert sorted(np.floor(keys)) == [5, 5, 30, 80]
-    assert (keys < 60).sum() == 3
+    instance = Rounds.together([(3, 4), (1, 1)], 40)
+    newcomers = volumes(candidates(instance))
+    assert newcomers.tolist() == instance.volume.tolist() == [3 * 4 + 10, 2]
+    assert [(keys < v).sum() for v in newcomers] == [2, 0]
 
 
 def test_an_order_beforehand_takes_the_smallest_pool() -> None:
