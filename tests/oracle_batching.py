@@ -56,7 +56,7 @@ class RuledScheduler(Scheduler):
         self.admission = _admission(rules.batcher, pool)
         self.reserves = self.admission == "reserve"
         self.kept = rules.batcher.preemption(pool)
-        self.caching = pool.prefix_caching and self.kept == "recompute"
+        self.caching = pool.prefix_caching and self.kept == "recompute" and self.admission == "optimistic"
         self.last_arrival = float(requests.arrival[-1])
         self.rounds = 0
         self.held = False
@@ -216,10 +216,13 @@ class RuledScheduler(Scheduler):
         return [o for o in self.running if o in moving], {-1: hold.counts[0]}
 
     def serve(self, moving: list[RuledOrder]) -> None:
-        """Running requests take their tokens, in order, and others are preempted if memory runs out."""
+        """Running requests take their tokens, in order, and others are preempted if memory runs out.
+
+        What a request takes is fixed at its turn; tokens of the preempted are free for those whose turn comes later.
+        """
         for order in list(moving):
-            while order in self.running and self.budget > 0:
-                tokens = self.wants(order, self.budget)
+            tokens = self.wants(order, self.budget)
+            while order in self.running and tokens > 0:
                 if self.grow(order, tokens):
                     self.take(order, tokens)
                     break
@@ -306,15 +309,17 @@ class RuledScheduler(Scheduler):
         tokens = self.wants(order, self.budget)
         if len(self.running) >= self.pool.max_batch or order.release > now or tokens > self.budget:
             return False
-        free = math.floor(self.rule.protected * self.pool.kv_blocks) if self.running else 0
+        kept = math.floor(self.rule.protected * self.pool.kv_blocks) if self.running else 0
         if self.admission == "reserve":
-            return self.blocks(order.prompt + order.output - self.pool.first_step) <= len(self.free)
+            return self.blocks(order.prompt + order.output - self.pool.first_step) + kept <= len(self.free)
         if self.admission == "optimistic":
-            return self.blocks(max(order.target, order.computed + tokens)) + free <= len(self.free)
+            # the whole prompt must fit; what must stay free is counted after the tokens of this step
+            now_and_kept = self.blocks(order.computed + tokens) + kept
+            return max(self.blocks(order.target), self.blocks(order.computed + tokens), now_and_kept) <= len(self.free)
         running = [*self.running, order]
         rows = [[o.computed, o.emitted, o.believed, o.target, o.prefilling] for o in running]
         first = [self.step.take.get(o.number, super(RuledScheduler, self).wants(o, 10**9)) for o in self.running]
-        return self.stays_below(rows, [*first, tokens], self.pool.kv_blocks - free)
+        return self.stays_below(rows, [*first, tokens], self.pool.kv_blocks - kept)
 
     # the end of a step
 
