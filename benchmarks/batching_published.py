@@ -83,15 +83,21 @@ def by_arrival(instance: Rounds) -> Ints:
 RULES: dict[str, Callable[[Rounds], Ints]] = {"MC-SF": mc_sf, "skipping": skipping, "MC-Benchmark": by_arrival}
 
 
-def small(model: int, n: int, count: int) -> None:
-    """Part 2: ratios to the optimum."""
-    begin, ratios = perf_counter(), {name: np.empty(count) for name in RULES}
+def ratios(model: int, n: int, count: int) -> dict[str, Floats]:
+    """Latency of each rule over the optimum, shape (count,)."""
+    found = {name: np.empty(count) for name in RULES}
     for k, instance in enumerate(small_instances(model, n, count)):
         best = ExactHindsight().solve(instance, mc_sf(instance))
         assert best.gap == 0, f"instance {k} was not closed"
         for name, rule in RULES.items():
-            ratios[name][k] = instance.latency(rule(instance)) / best.latency
-    cells = [f"{name} {r.mean():.3f}, {r.max():.3f}, {(r <= 1).sum():2}" for name, r in ratios.items()]
+            found[name][k] = instance.latency(rule(instance)) / best.latency
+    return found
+
+
+def small(model: int, n: int, count: int) -> None:
+    """Part 2, one line."""
+    begin = perf_counter()
+    cells = [f"{name} {r.mean():.3f}, {r.max():.3f}, {(r <= 1).sum():2}" for name, r in ratios(model, n, count).items()]
     print(f"model {model}, n = {n}: {'; '.join(cells)}; {perf_counter() - begin:.0f} s", flush=True)
 
 
@@ -170,14 +176,14 @@ def outputs(law: str, lower: int, n: int, rng: np.random.Generator) -> Ints:
 
 def intervals(law: str, lower: int, n: int, seeds: int) -> tuple[Floats, Floats]:
     """Latency of A_max and of A_min over that of H-SF, shape (seeds,) each."""
-    ratios = np.empty((2, seeds))
+    found = np.empty((2, seeds))
     for seed in range(seeds):
         output = outputs(law, lower, n, np.random.default_rng((INTERVAL_SEED, seed)))
         instance = Rounds(np.zeros(n, dtype=np.int64), np.full(n, PROMPT), output, MEMORY)
         best = play(instance, output).completion.sum()
         for k, belief in enumerate((UPPER, lower)):
-            ratios[k, seed] = play(instance, np.full(n, belief)).completion.sum() / best
-    return ratios[0], ratios[1]
+            found[k, seed] = play(instance, np.full(n, belief)).completion.sum() / best
+    return found[0], found[1]
 
 
 def main() -> None:
