@@ -56,7 +56,7 @@ def test_the_hand_instances_are_solved_and_certified(name, best) -> None:
 
 def test_certificates_are_optimal_on_small_instances_with_arrivals() -> None:
     rng = np.random.default_rng(21)
-    for _ in range(4):
+    for _ in range(3):
         instance = small_instance(rng)
         plan = HindsightReplay().plan(in_rounds(instance.capacity))
         requests = requests_of(instance, 0.5)
@@ -76,7 +76,7 @@ def test_the_program_closes_what_the_search_leaves_open(monkeypatch) -> None:
 
     monkeypatch.setattr(batching_hindsight, "ExactHindsight", Hasty)
     rng = np.random.default_rng(22)
-    for _ in range(8):
+    for _ in range(4):
         instance = small_instance(rng)
         found = best_known(instance, 10.0)
         assert found.latency == found.bound == instance.latency(found.start) == optimum(instance)
