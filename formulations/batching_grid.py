@@ -22,7 +22,7 @@ SLACK = 1.25  # of the horizon over the time that the memory needs if it is alwa
 
 @dataclass(frozen=True)
 class GridRelaxation:
-    """min sum_kb b D y_kb over (B15) (B16) (B17), arrivals ignored; D = 1 and one kind a request give (B5) (B6).
+    """min sum_kb b D y_kb over (B24) (B25) (B26), arrivals ignored; D = 1 and one kind a request give (B5) (B6).
 
     blocks: most blocks of the grid; kinds: most kinds of requests, which are alike up to a factor.
     """

@@ -25,8 +25,8 @@ FEW = 6
 class RollingHorizon:
     """At regular times, the order that finishes those who run and wait soonest, as far as anybody knows by then.
 
-    Of up to six waiting requests every order is tried. Of more, these: by mean start in the grid relaxation (B15) to
-    (B17) with the memory of the running requests taken, by Sorted-F, by believed output, and by volume. An order is
+    Of up to six waiting requests every order is tried. Of more, these: by mean start in the grid relaxation (B24) to
+    (B26) with the memory of the running requests taken, by Sorted-F, by believed output, and by volume. An order is
     worth the total latency in rounds of a queue that keeps it, looks ahead, and stops at the first that does not fit
     beside those before it and those that run. Believed outputs count as true, arrivals to come do not exist, and steps
     all last the same; it is a heuristic that solves programs, and no bound comes with it.

@@ -42,7 +42,7 @@ def order_by_f(instance: Rounds, most: int, exact: int = EXACT) -> Ints:
 
 
 def order_by_start(instance: Rounds, most: int) -> Ints:
-    """Requests by their mean start in the grid relaxation (B15) to (B17), smaller volumes first where these agree."""
+    """Requests by their mean start in the grid relaxation (B24) to (B26), smaller volumes first where these agree."""
     start = mean_starts(GridRelaxation(), instance)
     return np.lexsort((instance.volume, np.round(start, 6)))
 
@@ -129,7 +129,7 @@ class SortedF(_Sorted):
 class SortedLp(_Sorted):
     """Requests by their mean start in the linear relaxation of the time-indexed program, admitted by look-ahead.
 
-    The relaxation is (B5) (B6) on a grid of at most 60 blocks with alike requests counted together, (B15) to (B17).
+    The relaxation is (B5) (B6) on a grid of at most 60 blocks with alike requests counted together, (B24) to (B26).
 
     Source: Sorted-LP of Wang, Ye, Zhou, arXiv 2508.06133; details are our reading. No guarantee.
     """

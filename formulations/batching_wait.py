@@ -38,15 +38,15 @@ class Flow:
     caps: Floats
 
     def step_time(self, counts: Floats) -> float:
-        """DT(n) = max_i (a_i + sum_j n_j w_ij), seconds.                                                      (B12)"""
+        """DT(n) = max_i (a_i + sum_j n_j w_ij), seconds.                                                      (B21)"""
         return float((self.base + counts @ self.work).max())
 
     def fits(self, counts: Floats) -> bool:
-        """sum_j n_j u_Rj <= cap_R for every resource.                                                         (B13)"""
+        """sum_j n_j u_Rj <= cap_R for every resource.                                                         (B22)"""
         return bool((counts @ self.held <= self.caps * (1 + ROUNDING)).all())
 
     def feasible(self, counts: Floats) -> bool:
-        """Whether thresholds are met as fast as they are used, lambda_j DT(n) <= n_j (B12), and fit (B13)."""
+        """Whether thresholds are met as fast as they are used, lambda_j DT(n) <= n_j (B21), and fit (B22)."""
         enough = self.rates * self.step_time(counts) <= counts * (1 + ROUNDING)
         return bool(enough.all()) and self.fits(counts)
 
@@ -65,7 +65,7 @@ class Fluid:
 
 
 def fluid(flow: Flow) -> Fluid:
-    """T* = max_i a_i / (1 - sum_j lambda_j w_ij), n*_j = lambda_j T*, u*_R = sum_j n*_j u_Rj.                 (B11)
+    """T* = max_i a_i / (1 - sum_j lambda_j w_ij), n*_j = lambda_j T*, u*_R = sum_j n*_j u_Rj.                 (B20)
 
     With one piece, base d0 and d1 seconds a token held: T* = d0 / (1 - d1 G), M* = d0 G / (1 - d1 G) with G = sum_j
     lambda_j (l'_j + 1)(l_j + l'_j / 2), Ao et al., arXiv 2504.11320. T* is inf where the work alone takes more time
@@ -79,7 +79,7 @@ def fluid(flow: Flow) -> Fluid:
 
 
 def least_thresholds(flow: Flow) -> Ints | None:
-    """The least whole thresholds with (B12), (B13) and n_j >= 1, shape (n_types,); None if there are none.
+    """The least whole thresholds with (B21), (B22) and n_j >= 1, shape (n_types,); None if there are none.
 
     n -> max(1, ceil(lambda_j DT(n))) grows with n, so that its iteration from below climbs to a fixed point that is
     least in every component at once: it minimises memory, batch and step time together (Tarski), and needs no solver.
@@ -102,7 +102,7 @@ def least_thresholds(flow: Flow) -> Ints | None:
 def thresholds(flow: Flow) -> tuple[Ints, float | None]:
     """Least thresholds and the share of the rates that they sustain, 1 unless the replica cannot carry all.
 
-    Where (B12) and (B13) exclude each other the rates are scaled down to the largest share at which they do not. Where
+    Where (B21) and (B22) exclude each other the rates are scaled down to the largest share at which they do not. Where
     one request of each type in every stage already exceeds a cap, all thresholds are 1 and nothing is said of the rates
     (None): steps that start one of each would have to be rarer than this rule makes them.
     """
@@ -145,7 +145,7 @@ class Wait:
     """A class moves only in steps that find n_c of it waiting, and then starts n_c.
 
     The thresholds are the least whole numbers with n_c >= lambda_c DT(n) and room for n_c requests at every stage,
-    (B12) (B13): steps then come no faster than thresholds fill. They are per replica; rates are those of the scenario.
+    (B21) (B22): steps then come no faster than thresholds fill. They are per replica; rates are those of the scenario.
     Where no thresholds can sustain the rates, they sustain the largest share of them that some can (`sustained`, None
     where one request of each class in every stage already exceeds a cap). At
     light load n_c is 1 and requests pause between arrivals of their class: the rule is made for heavy traffic.
@@ -175,7 +175,7 @@ class NestedWait:
     Edges are the quantiles 1/m, ..., (m - 1)/m of the outputs of all classes. n_1 is the threshold of `wait` for all
     classes as one. Of n_k requests n_k P(o > e_k | o > e_(k-1)) reach the next segment on average, and the next
     threshold is the least whole number above that, so that its first stage empties faster than it fills. What still
-    gathers there is above b_k with a probability of at most `risk` / (m - 1), by Lundberg's exponent, (B14); memory
+    gathers there is above b_k with a probability of at most `risk` / (m - 1), by Lundberg's exponent, (B23); memory
     for it is kept free of admissions.
 
     Source: Nested WAIT of Ao, Luo, Simchi-Levi, Wang, arXiv 2504.11320. Kept are the nested segments, the gate at their
@@ -260,7 +260,7 @@ def nested_counts(first: int, reach: tuple[float, ...]) -> tuple[int, ...]:
 
 
 def buffer(inflow: int, reach: float, served: int, risk: float) -> int:
-    """Least b with exp(-eta b) <= risk, eta > 0 solving E exp(eta (Binomial(n, q) - n_k)) = 1.                (B14)
+    """Least b with exp(-eta b) <= risk, eta > 0 solving E exp(eta (Binomial(n, q) - n_k)) = 1.                (B23)
 
     A first stage that gains Binomial(n, q) a step and loses n_k exceeds b with a probability of at most exp(-eta b)
     (Lundberg's inequality for the random walk with these increments, Kingman's bound). 0 if it never gains more than
