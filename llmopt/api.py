@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmopt.arrays import Floats
 from llmopt.errors import LLMOptError, PolicyError, ScenarioError
 from llmopt.plan import Plan, check_plan
 from llmopt.policy import Policy
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
     from llmopt.evaluate.compare import Progress
     from llmopt.evaluate.comparison import Comparison
 
-EXACT = "max-margin"
-"""The program that `plan` runs, whose split `stability` assesses and whose critical rate `--load` refers to."""
+DEFAULTS = {"routing": "max-margin", "batching": "mc-sf"}
+"""The policy whose plan `plan` makes unless another is named, by problem."""
+EXACT = DEFAULTS["routing"]
+"""The program whose split `stability` assesses and whose critical rate `--load` refers to."""
 MOST_SEEDS = 10_000
 """More, asked for as a number, are a slip of the hand."""
 
@@ -58,7 +61,7 @@ def compare(
 def plan(scenario: Scenario | str | Path, policy: str | Policy | None = None) -> Plan:
     """The plan of one policy, checked against the scenario; both may be named as in `compare`.
 
-    Without a policy it is the exact program of the scenario's problem.
+    Without a policy it is `DEFAULTS`'s for the scenario's problem.
 
     Raises
     ------
@@ -68,7 +71,7 @@ def plan(scenario: Scenario | str | Path, policy: str | Policy | None = None) ->
         If the policy raises anything else, or if its plan does not fit the scenario.
     """
     known = _loaded(scenario)
-    chosen = _named(policy_names(known.problem)[0] if policy is None else policy)
+    chosen = _named(DEFAULTS[known.problem] if policy is None else policy)
     try:
         answer = chosen.plan(known)
     except LLMOptError:
@@ -84,19 +87,32 @@ def stability(scenario: Scenario | str | Path, policy: str | Policy = EXACT) -> 
     Raises
     ------
     ScenarioError
-        If the policy routes by state, so that there is no split to assess.
+        If the policy routes by state, so that there is no split to assess, or lets running requests pause.
     """
     from llmopt.assess import assess
 
     known = _loaded(scenario)
     answer = plan(known, policy)
-    known = answer.batcher.served(known)
+    if answer.batcher.stepwise:
+        raise ScenarioError(
+            f"policy {answer.policy!r} lets running requests pause, for which there is no theory; use llmopt compare"
+        )
+    if known.problem == "batching" and answer.fractions is None:
+        known = answer.batcher.served(known)
+        return assess(known, _split(known), router=answer.policy)
     if answer.fractions is None:
         raise ScenarioError(
             f"policy {answer.policy!r} routes by the state of the replicas and has no fixed split to assess; "
             "use llmopt compare, or a policy with a split"
         )
     return assess(known, answer.fractions, router=answer.policy)
+
+
+def _split(scenario: Scenario) -> Floats:
+    """The exact program's split, for rules that leave routing open."""
+    fractions = plan(scenario, EXACT).fractions
+    assert fractions is not None
+    return fractions
 
 
 def at_rate(scenario: Scenario, rate: float) -> Scenario:

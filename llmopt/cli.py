@@ -103,9 +103,7 @@ def compare(
 
 @main.command()
 @click.argument("scenario", metavar="SCENARIO")
-@click.option(
-    "--policy", metavar="NAME", help="Whose plan to make; the exact program of the scenario's problem if absent."
-)
+@click.option("--policy", metavar="NAME", help="Whose plan to make; max-margin or, for batching, mc-sf if absent.")
 @scenario_options
 @json_option
 def plan(

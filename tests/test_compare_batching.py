@@ -164,3 +164,12 @@ def test_the_command_refuses_unknown_predictions() -> None:
     result = CliRunner().invoke(main, ["compare", "quickstart", "--predictions", "psychic"])
     assert result.exit_code == 2 and "--predictions psychic is not known" in result.output
     assert "Traceback" not in result.output
+
+
+def test_plan_and_stability_of_a_rule() -> None:
+    said = CliRunner().invoke(main, ["plan", "lmsys-low"])
+    assert said.exit_code == 0 and "mc-sf" in said.output and "lookahead" in said.output
+    said = CliRunner().invoke(main, ["stability", "lmsys-low", "--policy", "fifo-lookahead"])
+    assert said.exit_code == 0 and "critical rate" in said.output
+    said = CliRunner().invoke(main, ["stability", "lmsys-low", "--policy", "orca"])
+    assert said.exit_code == 2 and "lets running requests pause" in said.output
