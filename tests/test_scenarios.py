@@ -75,7 +75,9 @@ def test_an_engine_with_steps_of_a_second_plays_rounds(name: str) -> None:
     """All there at 0, first come first served with look-ahead: they start when the list rule starts them."""
     run = simulate(load_scenario(name), Plan("look", batcher=Batcher(admission="lookahead")))
     drawn = run.requests
-    instance = Rounds.together(list(zip(drawn.prompt, drawn.output, strict=True)), scenario.pools[0].kv_capacity)
+    instance = Rounds.together(
+        list(zip(drawn.prompt, drawn.output, strict=True)), load_scenario(name).pools[0].kv_capacity
+    )
     start = admitted(instance, np.zeros(len(instance)))
     assert run.scheduled.tolist() == start.tolist()
     assert run.e2e.sum() == instance.latency(start)
