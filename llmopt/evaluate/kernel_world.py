@@ -45,6 +45,7 @@ def build_world(pools: Sequence[Pool], requests: Requests, rules: Rules) -> Worl
         reps["near_mask"], reps["near_ring"] = size - 1, slots + size * np.arange(len(reps))
         reps["spent_classes"] = classes + reps["classes"]
         slots, classes = slots + size * len(reps), 2 * classes
+    reps["scratch"] = classes
     for name in ("", "near_"):
         reps[f"{name}bits"] = reps[f"{name}ring"] // WORD
     return World(
@@ -54,8 +55,7 @@ def build_world(pools: Sequence[Pool], requests: Requests, rules: Rules) -> Worl
         costs=_costs(pools, reps),
         ring=np.full(slots, NONE, np.int32),
         bits=np.zeros(slots // WORD, np.int64),
-        classes=np.zeros(classes, np.int64),
-        scratch=np.zeros(int(reps["block"].max()), np.int64),
+        classes=np.zeros(classes + int(reps["block"].max()), np.int64),
     )
 
 
