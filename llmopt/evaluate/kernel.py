@@ -13,7 +13,7 @@ import numpy as np
 from llmopt.arrays import Floats, Ints
 from llmopt.batcher import Snapshot
 from llmopt.evaluate.kernel_queue import list_waiting, rank_anew
-from llmopt.evaluate.kernel_replan import halt, list_beliefs, list_running, resume
+from llmopt.evaluate.kernel_replan import halt, halt_at, list_beliefs, list_running, resume
 from llmopt.evaluate.kernel_route import Routing, drain, look, run
 from llmopt.evaluate.kernel_step import advance, arrive
 from llmopt.evaluate.kernel_types import Table, World, compiled
@@ -60,6 +60,10 @@ class Core(ABC):
         """Play what is in the replicas to its end."""
         self.kernels.drain(self.world)
 
+    def halt_at(self, time: float) -> None:
+        """Let no replica end a step after `time` (s) until they are resumed."""
+        self.kernels.halt_at(self.world, time)
+
     def halt(self, time: float) -> Ints:
         """End every step that ends by `time` (s), leave those under way; how many wait and run, (n_replicas, 2)."""
         counts = np.zeros((len(self.world.reps), 2), np.int64)
@@ -97,6 +101,7 @@ class CompiledCore(Core):
         arrive=arrive,
         drain=drain,
         halt=halt,
+        halt_at=halt_at,
         list_beliefs=list_beliefs,
         list_running=list_running,
         list_waiting=list_waiting,

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmopt.evaluate.kernel_ahead import steps_to_wait
 from llmopt.evaluate.kernel_cache import find_blocks
-from llmopt.evaluate.kernel_glide import held_by, start_gliding
+from llmopt.evaluate.kernel_glide import held_by, peak_of, start_gliding
 from llmopt.evaluate.kernel_lists import join_batch, join_singles
 from llmopt.evaluate.kernel_queue import pop, push
 from llmopt.evaluate.kernel_types import LOOKAHEAD, NEVER, NONE, World, compiled, inlined
@@ -29,7 +29,12 @@ def refused_until(world: World, rep: Any, i: int) -> int:
     req = world.reqs[i]
     if rep.mode == LOOKAHEAD:
         wait = steps_to_wait(world, rep, i)
-        return min(rep.steps + wait, NEVER) if wait > 0 else 0
+        if wait > 0:
+            return min(rep.steps + wait, NEVER)
+        # a prefill cut by the budget ends later than projected; who came alone may hold what is kept free
+        whole = req.taken == demand(rep, req) and (rep.kept == 0 or rep.running > 0)
+        rep.sound = rep.steady if whole else 0
+        return 0
     needed = held_by(rep, req, max(req.target, req.computed + req.taken))
     if rep.kept > 0 and rep.running > 0:
         needed = max(needed, held_by(rep, req, req.computed + req.taken) + rep.kept)
@@ -45,6 +50,8 @@ def enter(world: World, rep: Any, i: int, left: int) -> int:
         req.taken = min(demand(rep, req), left)
     join_batch(world, rep, i)
     rep.used += held_by(rep, req, req.computed + req.taken)
+    if rep.mode == LOOKAHEAD:
+        rep.peaks += peak_of(world, rep, i)
     if math.isnan(req.scheduled):
         req.scheduled = rep.clock
     if req.prefilling or math.isnan(req.first_token):

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmopt.evaluate.kernel_belief import output_of, sweep
-from llmopt.evaluate.kernel_glide import blocks_of
+from llmopt.evaluate.kernel_glide import blocks_of, peak_of
 from llmopt.evaluate.kernel_lists import next_due
 from llmopt.evaluate.kernel_types import NEVER, NONE, World, compiled
 
@@ -18,12 +18,16 @@ def steps_to_wait(world: World, rep: Any, i: int) -> int:
     Memory in use grows between two ends, so it is enough to look at the steps in which some request ends, and at the
     next one if blocks are freed too late for it. What a schedule projects for a step count, every later one projects
     too, unless a request ends earlier than believed. NEVER stands for the next end: who does not fit into the next
-    step beside requests that outlived their belief will not until one ends.
+    step beside requests that outlived their belief will not until one ends. If the batch alone is `sound`, nothing
+    after the candidate's own end matters. If even the sum of all peaks fits, nothing does.
     """
     classes, own = world.classes, rep.scratch
     for k in range(rep.block):
         classes[own + k] = classes[rep.classes + k]
     blocks = rep.blocks - (rep.kept if rep.running > 0 else 0)
+    if rep.running == 0:
+        rep.sound = rep.steady
+    last = end_of(world, rep, i) if rep.sound else NEVER - 1
     active = rep.gliding
     total = rep.kv + (rep.slots - rep.steps) * active
     t = rep.steps
@@ -43,14 +47,24 @@ def steps_to_wait(world: World, rep: Any, i: int) -> int:
             total -= rep.spent_tokens
             for k in range(rep.block):
                 classes[own + k] -= classes[rep.spent_classes + k]
+    if rep.peaks + rep.late_blocks + peak_of(world, rep, i) <= blocks:
+        return 0
+    due = ends = t
     while True:
-        due = next_due(world, bits, mask, t) if active > 0 else NEVER
-        t = min(due, next_single_end(world, rep, i, t))
-        if t == NEVER:
+        if due <= t:
+            due = next_due(world, bits, mask, t) if active > 0 else NEVER
+        if ends <= t:
+            ends = next_single_end(world, rep, i, t)
+        t = min(due, ends)
+        if t > last:
             return 0
-        room = blocks - singles_at(world, rep, t) - gliders_at(world, rep, active, total, t)
-        if room < candidate_at(world, rep, i, t):
-            return delay(rep, world.reqs[i], t, room)
+        room = blocks - (singles_at(world, rep, t) if rep.single_head != NONE else 0)
+        needed = candidate_at(world, rep, i, t)
+        # the last block of everybody counted whole is an upper bound, and cheaper to tell
+        if room < needed + (total + active * (t + rep.block - 1)) // rep.block:
+            room -= gliders_at(world, rep, active, total, t)
+            if room < needed:
+                return delay(rep, world.reqs[i], t, room)
         if t == due:
             k = world.ring[ring + (t & mask)]
             while k != NONE:

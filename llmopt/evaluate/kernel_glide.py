@@ -12,7 +12,7 @@ from llmopt.arrays import Floats
 from llmopt.evaluate.kernel_belief import join_believed, leave_believed
 from llmopt.evaluate.kernel_lists import join_bucket, leave_batch, leave_bucket, next_due, take_bucket
 from llmopt.evaluate.kernel_table import table_stretch, unmeasured
-from llmopt.evaluate.kernel_types import COEFFICIENTS, NEVER, NONE, RESERVE, World, compiled, inlined
+from llmopt.evaluate.kernel_types import COEFFICIENTS, LOOKAHEAD, NEVER, NONE, RESERVE, World, compiled, inlined
 
 
 @compiled
@@ -27,6 +27,14 @@ def held_by(rep: Any, req: Any, tokens: int) -> int:
     if rep.mode == RESERVE:
         return blocks_of(rep, req.prompt + req.output - rep.first_step)
     return blocks_of(rep, tokens)
+
+
+@compiled
+def peak_of(world: World, rep: Any, i: int) -> int:
+    """Blocks of a request at its end, as believed when it was admitted."""
+    req = world.reqs[i]
+    output = world.terms[i].believed if rep.guess else req.output
+    return blocks_of(rep, req.prompt + output - rep.first_step)
 
 
 @compiled
@@ -102,6 +110,8 @@ def finish_due(world: World, rep: Any) -> None:
         world.classes[rep.classes + (req.offset + rep.slots) % rep.block] -= 1
         rep.gliding -= 1
         rep.kv -= computed
+        if rep.mode == LOOKAHEAD:
+            rep.peaks -= peak_of(world, rep, i)
         give_back(rep, held_by(rep, req, computed))
         leave_batch(world, rep, i)
         i = req.link_next

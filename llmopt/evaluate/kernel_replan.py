@@ -11,25 +11,27 @@ from llmopt.evaluate.kernel_victims import believed_of
 
 
 @compiled
-def halt(world: World, time: float, counts: Ints) -> None:
-    """End every step that ends at or before `time` and leave the steps under way; `counts` is waiting and running.
-
-    counts: shape (n_replicas, 2).
-    """
+def halt_at(world: World, time: float) -> None:
+    """Let no replica end a step after `time` until it is resumed."""
     for r in range(len(world.reps)):
-        rep = world.reps[r]
-        rep.halt = time
+        world.reps[r].halt = time
+
+
+@compiled
+def halt(world: World, time: float, counts: Ints) -> None:
+    """End every step that ends by `time` and leave those under way; `counts` is waiting and running, (n_replicas, 2)."""
+    for r in range(len(world.reps)):
         advance(world, r, time)
-        rep.halt = math.inf
-        counts[r, 0] = rep.waiting
-        counts[r, 1] = rep.running
+        counts[r, 0] = world.reps[r].waiting
+        counts[r, 1] = world.reps[r].running
 
 
 @compiled
 def resume(world: World) -> None:
-    """End the steps that `halt` left under way."""
+    """End the steps that were left under way."""
     for r in range(len(world.reps)):
         rep = world.reps[r]
+        rep.halt = math.inf
         if rep.pending >= 0.0:
             seconds = rep.pending
             rep.pending = -1.0

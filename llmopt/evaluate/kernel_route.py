@@ -175,7 +175,7 @@ def score(rep: Any, weights: Floats, time: float) -> float:
 @compiled
 def observe(rep: Any, time: float) -> tuple[int, int, int, int]:
     """The state features at `time`, which is before the clock while a step is under way."""
-    if time < rep.clock:
+    if time < rep.clock or rep.pending >= 0.0:
         return rep.seen_waiting, rep.seen_running, rep.seen_used * rep.block, rep.seen_outstanding
     return rep.waiting, rep.running, rep.used * rep.block, rep.outstanding
 

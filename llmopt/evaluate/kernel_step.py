@@ -7,11 +7,21 @@ import math
 from typing import Any
 
 from llmopt.evaluate.kernel_admit import admit_by_rule, demand, enter, refused_until
-from llmopt.evaluate.kernel_glide import blocks_of, catch_up, finish_due, give_back, glide, held_by, show, start_gliding
+from llmopt.evaluate.kernel_glide import (
+    blocks_of,
+    catch_up,
+    finish_due,
+    give_back,
+    glide,
+    held_by,
+    peak_of,
+    show,
+    start_gliding,
+)
 from llmopt.evaluate.kernel_lists import leave_batch, leave_singles, unqueue
 from llmopt.evaluate.kernel_queue import join_queue
 from llmopt.evaluate.kernel_table import read_table
-from llmopt.evaluate.kernel_types import COEFFICIENTS, NEVER, NONE, RESERVE, World, compiled, inlined
+from llmopt.evaluate.kernel_types import COEFFICIENTS, LOOKAHEAD, NEVER, NONE, RESERVE, World, compiled, inlined
 from llmopt.evaluate.kernel_victims import make_room
 
 
@@ -19,6 +29,8 @@ from llmopt.evaluate.kernel_victims import make_room
 def advance(world: World, r: int, until: float) -> None:
     """Make every step of replica `r` that starts before `until`."""
     rep = world.reps[r]
+    if rep.pending >= 0.0:
+        return
     while rep.clock < until and rep.waiting + rep.running > 0:
         if rep.single_head != NONE or rep.gliding == 0 or glide(world, rep, until) == 0:
             schedule(world, rep)
@@ -49,7 +61,7 @@ def arrive(world: World, r: int, i: int, time: float) -> None:
     if rep.waiting == 0:
         rep.retry = 0
     req.replica = r
-    req.queued = rep.clock
+    req.queued = rep.clock + max(rep.pending, 0.0)
     rep.fresh += rep.ahead
     join_queue(world, rep, i)
     rep.seen_waiting += 1
@@ -199,6 +211,8 @@ def step_single(world: World, rep: Any, i: int) -> None:
         start_gliding(world, rep, i)
         return
     req.finish = rep.clock
+    if rep.mode == LOOKAHEAD:
+        rep.peaks -= peak_of(world, rep, i)
     give_back(rep, held_by(rep, req, req.computed))
     leave_batch(world, rep, i)
     if rep.retry == NEVER or rep.guess or rep.running == 0:

@@ -83,6 +83,9 @@ REPLICA = np.dtype(
         *((name, "i8") for name in ("ring", "mask", "bits", "classes", "scratch", "table")),
         # the rule: 1 if there is one; 1 if the queue is a heap; 1 if beliefs count and may err; blocks kept free
         *((name, "i8") for name in ("ruled", "heap", "guess", "order", "victims", "skips", "kept")),
+        # look-ahead: 1 if projections come true; 1 if that of the batch alone is known to fit; blocks of all
+        # who run at their believed ends
+        *((name, "i8") for name in ("steady", "sound", "peaks")),
         # requests put to the front so far, rounds of clearing, the request preempted too often
         *((name, "i8") for name in ("fronts", "rounds", "stuck")),
         # believed ends: their ring; steps up to which it is swept; gliding requests that outlived their belief

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmopt.evaluate.kernel_admit import demand
 from llmopt.evaluate.kernel_cache import leave_blocks
-from llmopt.evaluate.kernel_glide import blocks_of, stop_gliding
+from llmopt.evaluate.kernel_glide import blocks_of, peak_of, stop_gliding
 from llmopt.evaluate.kernel_lists import leave_batch, leave_singles
 from llmopt.evaluate.kernel_queue import rejoin_queue
 from llmopt.evaluate.kernel_types import (
@@ -16,6 +16,7 @@ from llmopt.evaluate.kernel_types import (
     ARRIVAL,
     EACH,
     LEAST,
+    LOOKAHEAD,
     NONE,
     PATIENCE,
     PREDICTED,
@@ -150,6 +151,8 @@ def preempt(world: World, rep: Any, i: int) -> None:
         leave_singles(world, rep, i)
         rep.single_kv -= req.computed
     leave_batch(world, rep, i)
+    if rep.mode == LOOKAHEAD:
+        rep.peaks -= peak_of(world, rep, i)
     blocks = blocks_of(rep, req.computed)
     rep.used -= blocks
     rep.pushed += blocks

@@ -80,6 +80,7 @@ def _rule(reps: Table, requests: Requests, rules: Rules) -> None:
     plain = batcher.order == "arrival" and batcher.skips == 0 and not (batcher.release or batcher.replan)
     reps["heap"] = not plain
     reps["guess"] = (reps["mode"] == LOOKAHEAD) & bool((rules.believed != requests.output).any())
+    reps["steady"] = 0 if batcher.stepwise else 1 - reps["ahead"]
     reps["victims"], reps["clearing"] = VICTIMS.index(batcher.victims), batcher.clearing
     reps["skips"] = batcher.skips
     reps["kept"] = np.floor(batcher.protected * reps["blocks"])

@@ -45,6 +45,7 @@ def play_in_turns(
                 turn += 1
         time = turn * replan.every
         last = int(np.searchsorted(arrival, time))
+        engine.halt_at(time)
         feed(done, last)
         done = last
         counts = engine.halt(time)
