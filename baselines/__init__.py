@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from baselines import routing
+from baselines import batching, routing
 from llmopt.policy import Policy
 
-POLICIES: dict[str, tuple[Policy, ...]] = {"routing": routing.POLICIES}
+POLICIES: dict[str, tuple[Policy, ...]] = {"routing": routing.POLICIES, "batching": batching.POLICIES}
 """The heuristics of each problem."""

@@ -1,8 +1,8 @@
 """Do the fluid model and the simulator agree on stability? Both sides of the simulated critical rate, all scenarios.
 
-For every bundled scenario and each policy below, the critical factor on all arrivals is found by long simulated runs
-(`llmopt.evaluate.margin`, known to 2 %), and the fluid model is asked at fixed distances from it. A cell that disagrees
-is marked with an arrow.
+For every bundled scenario of routing and each policy below, the critical factor on all arrivals is found by long
+simulated runs (`llmopt.evaluate.margin`, known to 2 %), and the fluid model is asked at fixed distances from it. A cell
+that disagrees is marked with an arrow.
 
     python -m benchmarks.verdicts [--distance 0.03] [--policies max-margin,jsq,...] [--seed 1]
 """
@@ -44,6 +44,8 @@ def main() -> None:
     start, agree, asked = perf_counter(), 0, 0
     for name in bundled_scenarios():
         scenario = load_scenario(name)
+        if scenario.problem != "routing":
+            continue
         for policy in args.policies.split(","):
             margin, below, above = verdicts(scenario, get_policy(policy).plan(scenario), args.distance, args.seed)
             agree, asked = agree + below + (not above), asked + 2

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from formulations.batching_hindsight import HindsightReplay
+from formulations.batching_rolling import RollingHorizon
+from formulations.batching_rules import AMax, AMin, McSf
+from formulations.batching_sorted import LpSwap, SortedF, SortedLp
+from formulations.batching_wait import NestedWait, Wait
 from formulations.routing import FewPools, MaxMargin, MinCost, MinDelay
 from llmopt.policy import Optimized, Policy
 from llmopt.solution import SolveOptions
@@ -13,6 +18,19 @@ POLICIES: dict[str, tuple[Policy, ...]] = {
         Optimized(MinDelay()),
         # A gap below the accuracy of the search would spend its rounds on proving the first program.
         Optimized(FewPools(), SolveOptions(gap=0.002)),
+    ),
+    "batching": (
+        HindsightReplay(),
+        McSf(),
+        SortedF(),
+        SortedF(at_once=True),
+        SortedLp(),
+        LpSwap(),
+        RollingHorizon(),
+        AMax(),
+        AMin(),
+        Wait(),
+        NestedWait(),
     ),
 }
 """The policies of each problem, the exact program first."""

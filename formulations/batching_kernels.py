@@ -50,18 +50,33 @@ def list_schedule(
 
 @compiled
 def anneal(
-    order: Ints, arrival: Ints, prompt: Ints, output: Ints, capacity: int, length: int, iterations: int, seed: int
-) -> tuple[int, Ints]:
-    """Simulated annealing over the order of a list schedule by swaps and insertions; best latency and its starts."""
+    order: Ints,
+    arrival: Ints,
+    prompt: Ints,
+    output: Ints,
+    capacity: int,
+    length: int,
+    iterations: int,
+    seed: int,
+    best: Ints,
+    halt: Ints,
+) -> int:
+    """Simulated annealing over the order of a list schedule by near swaps and insertions, until `halt`[0] is set.
+
+    Returns the best latency; its starts are left in `best`, shape (n,).
+    """
     np.random.seed(seed)  # noqa: NPY002 (numba knows only the legacy generator, private to compiled code)
     n = len(order)
-    usage, start = np.zeros(length + 1, np.int64), np.zeros(n, np.int64)
-    best = now = list_schedule(order, arrival, prompt, output, capacity, usage, start)
-    kept, held = start.copy(), order.copy()
+    usage, start, reach = np.zeros(length + 1, np.int64), np.zeros(n, np.int64), max(n // 4, 3)
+    least = now = list_schedule(order, arrival, prompt, output, capacity, usage, start)
+    best[:], held = start, order.copy()
     for step in range(iterations if n > 1 else 0):
-        heat = 0.004 * best * (1 - step / iterations) + 1e-9
+        if halt[0]:
+            break
+        heat = 0.001 * least * (1 - step / iterations) + 1e-9
         order[:] = held
-        a, b = np.random.randint(n), np.random.randint(n)  # noqa: NPY002
+        a = np.random.randint(n)  # noqa: NPY002
+        b = min(max(a + np.random.randint(-reach, reach + 1), 0), n - 1)  # noqa: NPY002
         moved = order[a]
         if np.random.random() < 0.5:  # noqa: NPY002
             order[a] = order[b]
@@ -73,9 +88,9 @@ def anneal(
         value = list_schedule(order, arrival, prompt, output, capacity, usage, start)
         if value <= now or np.random.random() < np.exp((now - value) / heat):  # noqa: NPY002
             now, held[:] = value, order
-            if value < best:
-                best, kept[:] = value, start
-    return best, kept
+            if value < least:
+                least, best[:] = value, start
+    return least
 
 
 @compiled
@@ -118,8 +133,8 @@ def gains_after(V: Floats, peak: Ints, count: Ints, capacity: int, slack: int) -
             if V[t, k] <= NEVER:
                 continue
             for turn in range(max(1, min(count[k], capacity // peak[k]))):
-                for other in range(classes):
-                    for gap in range(min(reach, rounds - t)):
+                for other in range(classes) if turn == 0 else range(k, k + 1):
+                    for gap in range(min(reach, rounds - t) if turn == 0 else 1):
                         if V[t + gap, other] <= NEVER or not copies(k, other, turn, gap, count[k]):
                             continue
                         room = next_room(peak[k], peak[other] - gap, gap, capacity, slack)
@@ -145,8 +160,8 @@ def gains_before(V: Floats, peak: Ints, count: Ints, capacity: int, slack: int) 
             best = A[t, k]
             best[:] = last[t - reach] if t >= reach else 0.0
             for turn in range(max(1, min(count[k], capacity // peak[k]))):
-                for other in range(classes):
-                    for gap in range(min(reach, t + 1)):
+                for other in range(classes) if turn == 0 else range(k, k + 1):
+                    for gap in range(min(reach, t + 1) if turn == 0 else 1):
                         if V[t - gap, other] <= NEVER or not copies(other, k, turn, gap, count[k]):
                             continue
                         held = peak[k] - gap

@@ -32,8 +32,8 @@ def gains_after(V: Floats, peak: Ints, count: Ints, capacity: int, slack: int) -
                 continue
             D[t, k] = first[t + reach]
             for turn in range(max(1, min(count[k], capacity // peak[k]))):
-                for other in range(classes):
-                    for gap in range(min(reach, rounds - t)):
+                for other in range(classes) if turn == 0 else range(k, k + 1):
+                    for gap in range(min(reach, rounds - t) if turn == 0 else 1):
                         if V[t + gap, other] > NEVER and copies(k, other, turn, gap, count[k]):
                             left = _left(peak[k], peak[other] - gap, capacity, slack)
                             if left >= 0:
@@ -92,8 +92,8 @@ def gains_before(V: Floats, peak: Ints, count: Ints, capacity: int, slack: int) 
                 continue
             E[t, k, capacity, capacity] = last[t - reach] if t >= reach else 0.0
             for turn in range(max(1, min(count[k], capacity // peak[k]))):
-                for other in range(classes):
-                    for gap in range(min(reach, t + 1)):
+                for other in range(classes) if turn == 0 else range(k, k + 1):
+                    for gap in range(min(reach, t + 1) if turn == 0 else 1):
                         if V[t - gap, other] > NEVER and copies(other, k, turn, gap, count[k]):
                             left = _left(peak[other], peak[k] - gap, capacity, slack)
                             if left >= 0:

@@ -74,7 +74,7 @@ def _prepared(relaxation: ChainRelaxation, at: Multipliers) -> Search:
 
     instance, large = relaxation.instance, relaxation.large
     cls, peak, count = relaxation.classes
-    cost = relaxation.costs(at.price)
+    cost = relaxation.costs(at)
     after, first = np.zeros((relaxation.rounds, 1, instance.capacity + 1)), np.zeros(1)
     if large.any():
         gains = relaxation.gains(at, cost)[0]
@@ -95,7 +95,7 @@ def _prepared(relaxation: ChainRelaxation, at: Multipliers) -> Search:
         np.where(large, 0.0, cost.min(axis=1)),
         after if after.ndim == 4 else after[..., None],
         first,
-        float(at.reward[large].sum() - instance.capacity * at.price.sum()),
+        float(at.reward[large].sum()) - relaxation.paths(at)[0],
     )
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from threading import Thread
+from time import thread_time
+
 import numpy as np
 
+from formulations.batching_sorted import order_by_f
 from llmopt.arrays import Floats, Ints
 from llmopt.rounds import Rounds
+
+SAMPLE = 20_000  # iterations that tell how fast annealing is
 
 
 def mc_sf(instance: Rounds) -> Ints:
@@ -24,31 +30,11 @@ def by_volume(instance: Rounds) -> Ints:
 def sorted_f(instance: Rounds) -> Ints:
     """Sorted-F: batches of smallest F(X) = sum of outputs / |X|^2 one after the other, then admitted in that order.
 
-    The best batch is sought among the prefixes of the orders by output, peak and volume that can start together.
-    Source: arXiv 2508.06133.
+    See `batching_sorted.order_by_f`. Source: arXiv 2508.06133.
     """
-    left, place = set(range(len(instance))), np.empty(len(instance))
-    while left:
-        batches = [
-            b for key in (instance.output, instance.peak, instance.volume) for b in _prefixes(instance, left, key)
-        ]
-        batch = min(batches, key=lambda b: (instance.output[b].sum() / len(b) ** 2, -len(b)))
-        for i in sorted(batch, key=lambda i: instance.output[i]):
-            place[i] = len(instance) - len(left)
-            left.remove(i)
+    place = np.empty(len(instance))
+    place[order_by_f(instance, len(instance))] = np.arange(len(instance))
     return admitted(instance, place)
-
-
-def _prefixes(instance: Rounds, left: set[int], key: Ints) -> list[list[int]]:
-    """Batches that can start together, grown one by one in the order of `key`."""
-    grown: list[list[int]] = []
-    batch: list[int] = []
-    for i in sorted(left, key=lambda i: (key[i], i)):
-        if not _fits(instance, [*batch, i], np.zeros(len(batch) + 1, dtype=np.int64), 0):
-            break
-        batch = [*batch, i]
-        grown.append(batch)
-    return grown
 
 
 def admitted(instance: Rounds, priority: Floats) -> Ints:
@@ -82,14 +68,52 @@ def best_start(instance: Rounds, iterations: int | None = None, seed: int = 0) -
 
     The number of `iterations` defaults to what takes a second or two, 200 000 at most.
     """
-    from formulations.batching_kernels import anneal
-
     iterations = min(200_000, 400_000_000 // (instance.horizon + 1)) if iterations is None else iterations
     rules = (mc_sf, by_volume, sorted_f) if not instance.arrival.any() else (mc_sf, by_volume)
     best = min((rule(instance) for rule in rules), key=instance.latency)
     for key in (best, best + instance.output):
-        order = np.argsort(key, kind="stable")
-        data = (instance.arrival, instance.prompt, instance.output, instance.capacity)
-        _, found = anneal(order, *data, instance.horizon + instance.capacity, iterations, seed)
-        best = min(best, found, key=instance.latency)
+        best = min(best, _annealed(instance, key, iterations, seed, np.zeros(1, dtype=np.int64)), key=instance.latency)
     return best
+
+
+def _annealed(instance: Rounds, key: Ints, iterations: int, seed: int, halt: Ints) -> Ints:
+    """Best list schedule found by annealing from the order of `key`, until done or `halt`[0] is set."""
+    from formulations.batching_kernels import anneal
+
+    data = (instance.arrival, instance.prompt, instance.output, instance.capacity)
+    order, best = np.argsort(key, kind="stable"), np.zeros(len(instance), dtype=np.int64)
+    anneal(order, *data, instance.horizon + instance.capacity, iterations, seed, best, halt)
+    return best
+
+
+class Annealer:
+    """Anneals list schedules on another core, runs of some `seconds` of CPU each, until it is left.
+
+    best: the best starts so far, shape (n,); of a run that has ended, or of the last one after leaving.
+    """
+
+    def __init__(self, instance: Rounds, best: Ints, seconds: float) -> None:
+        self.instance, self.best, self.seconds = instance, best, seconds
+        self._halt = np.zeros(1, dtype=np.int64)
+        self._thread = Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Annealer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._halt[0] = 1
+        self._thread.join()
+
+    def wait(self, seconds: float) -> None:
+        """Let it run on for some seconds."""
+        self._thread.join(timeout=seconds)
+
+    def _run(self) -> None:
+        seed, iterations = 1, SAMPLE
+        while not self._halt[0]:
+            begin = thread_time()
+            found = _annealed(self.instance, self.best, iterations, seed, self._halt)
+            self.best = min(self.best, found, key=self.instance.latency)
+            took = max(thread_time() - begin, 1e-6)
+            seed, iterations = seed + 1, max(int(iterations * self.seconds / took), SAMPLE) if seed == 1 else iterations

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmopt.arrays import Floats
 from llmopt.errors import LLMOptError, PolicyError, ScenarioError
 from llmopt.plan import Plan, check_plan
 from llmopt.policy import Policy
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
     from llmopt.evaluate.compare import Progress
     from llmopt.evaluate.comparison import Comparison
 
-EXACT = "max-margin"
-"""The program that `plan` runs, whose split `stability` assesses and whose critical rate `--load` refers to."""
+DEFAULTS = {"routing": "max-margin", "batching": "mc-sf"}
+"""The policy whose plan `plan` makes unless another is named, by problem."""
+EXACT = DEFAULTS["routing"]
+"""The program whose split `stability` assesses and whose critical rate `--load` refers to."""
 MOST_SEEDS = 10_000
 """More, asked for as a number, are a slip of the hand."""
 
@@ -55,8 +58,10 @@ def compare(
     return play(known, chosen, _seeds(seeds), progress)
 
 
-def plan(scenario: Scenario | str | Path, policy: str | Policy = EXACT) -> Plan:
+def plan(scenario: Scenario | str | Path, policy: str | Policy | None = None) -> Plan:
     """The plan of one policy, checked against the scenario; both may be named as in `compare`.
+
+    Without a policy it is `DEFAULTS`'s for the scenario's problem.
 
     Raises
     ------
@@ -65,7 +70,8 @@ def plan(scenario: Scenario | str | Path, policy: str | Policy = EXACT) -> Plan:
     PolicyError
         If the policy raises anything else, or if its plan does not fit the scenario.
     """
-    known, chosen = _loaded(scenario), _named(policy)
+    known = _loaded(scenario)
+    chosen = _named(DEFAULTS[known.problem] if policy is None else policy)
     try:
         answer = chosen.plan(known)
     except LLMOptError:
@@ -81,18 +87,32 @@ def stability(scenario: Scenario | str | Path, policy: str | Policy = EXACT) -> 
     Raises
     ------
     ScenarioError
-        If the policy routes by state, so that there is no split to assess.
+        If the policy routes by state, so that there is no split to assess, or lets running requests pause.
     """
     from llmopt.assess import assess
 
     known = _loaded(scenario)
     answer = plan(known, policy)
+    if answer.batcher.stepwise:
+        raise ScenarioError(
+            f"policy {answer.policy!r} lets running requests pause, for which there is no theory; use llmopt compare"
+        )
+    if known.problem == "batching" and answer.fractions is None:
+        known = answer.batcher.served(known)
+        return assess(known, _split(known), router=answer.policy)
     if answer.fractions is None:
         raise ScenarioError(
             f"policy {answer.policy!r} routes by the state of the replicas and has no fixed split to assess; "
             "use llmopt compare, or a policy with a split"
         )
     return assess(known, answer.fractions, router=answer.policy)
+
+
+def _split(scenario: Scenario) -> Floats:
+    """The exact program's split, for rules that leave routing open."""
+    fractions = plan(scenario, EXACT).fractions
+    assert fractions is not None
+    return fractions
 
 
 def at_rate(scenario: Scenario, rate: float) -> Scenario:
@@ -108,6 +128,33 @@ def at_load(scenario: Scenario, load: float) -> Scenario:
     """The scenario with all arrivals scaled to `load` times the critical rate of the exact program's split."""
     report = stability(scenario)
     return at_rate(scenario, scenario.workload.total_rate * load * report.critical_rate / report.rate)
+
+
+def with_predictions(scenario: Scenario, text: str) -> Scenario:
+    """The scenario with another predictor of output lengths, such as ``noise:0.5``, ``quantile:0.9`` or ``none``.
+
+    Raises
+    ------
+    ScenarioError
+        If there is no such law, or its number is missing or out of range.
+    """
+    law, _, value = text.partition(":")
+    numbers = {"noise": "sigma", "interval": "factor", "quantile": "q"}
+    plain = {"oracle", "class-mean", "none"}
+    if law not in numbers and law not in plain:
+        known = ", ".join([*sorted(plain), *(f"{name}:{key.upper()}" for name, key in numbers.items())])
+        raise ScenarioError(f"--predictions {text} is not known; give one of {known}, or [predictions] in the file")
+    if (law in numbers) != bool(value):
+        raise ScenarioError(
+            f"--predictions {text}: write {law}:{numbers[law].upper()}"
+            if law in numbers
+            else f"--predictions {text}: {law} takes no number; drop it"
+        )
+    try:
+        number = {numbers[law]: float(value)} if value else {}
+    except ValueError:
+        raise ScenarioError(f"--predictions {text}: {value!r} is not a number; give one") from None
+    return scenario.replace(predictions={"law": law, **number})
 
 
 def _loaded(scenario: Scenario | str | Path) -> Scenario:

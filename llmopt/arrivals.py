@@ -1,7 +1,7 @@
 """Arrival processes: a gap law run through a rate profile.
 
-Every synthetic process is a renewal process of unit rate whose clock runs at the profile's rate, so one sampler
-serves Poisson, smooth and bursty gaps under constant, daily and on/off rates.
+Every synthetic process is a point process of unit rate whose clock runs at the profile's rate, so one sampler
+serves Poisson, smooth, bursty and batched arrivals under constant, daily and on/off rates.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ Variation = Annotated[float, Field(gt=0, le=100)]
 
 SMALLEST = 1e-9
 """Least positive factor of a profile beside its largest; below it, scaling to a mean of 1 would overflow."""
+PULSE = 1 / 1000
+"""Part of the horizon that stands for an instant in the profile of arrivals that come together."""
 
 
 class ArrivalsBase(InputModel):
@@ -33,6 +35,10 @@ class ArrivalsBase(InputModel):
     def profile(self, horizon: float) -> tuple[Floats, Floats]:
         """Start times (s, the first 0) and rate factors of the constant pieces up to `horizon`."""
         return np.zeros(1), np.ones(1)
+
+    def epochs(self, length: float, rng: np.random.Generator) -> Floats:
+        """Arrivals in [0, length) on a clock of unit rate, in increasing order."""
+        return _unit_renewals(self.gap_cv, length, rng)
 
 
 class Poisson(ArrivalsBase):
@@ -133,6 +139,40 @@ class Bursts(ArrivalsBase):
         return np.column_stack([starts, starts + self.off]).ravel(), np.tile([self.floor, self.peak], laps)
 
 
+class Batches(ArrivalsBase):
+    """`size` requests at the same instant, every `size` / rate seconds on average; `cv` is that of these gaps.
+
+    Averages over time, such as the fluid model's, see the even flow.
+    """
+
+    law: Literal["batches"]
+    size: Annotated[int, Field(ge=1, le=1_000_000)]
+    cv: Annotated[float, Field(ge=0, le=100)] = 0.0
+
+    @property
+    def gap_cv(self) -> float:
+        """As given: of the gaps between batches."""
+        return self.cv
+
+    def epochs(self, length: float, rng: np.random.Generator) -> Floats:
+        """Renewals at the rate of the batches, each `size` times."""
+        return np.repeat(self.size * _unit_renewals(self.cv, length / self.size, rng), self.size)
+
+
+class Together(ArrivalsBase):
+    """The rate x horizon requests of a run, rounded, all at time 0; then nobody."""
+
+    law: Literal["together"]
+
+    def profile(self, horizon: float) -> tuple[Floats, Floats]:
+        """All of the rate in the first `PULSE` of the horizon, which is what the fluid model can see of an instant."""
+        return np.array([0.0, horizon * PULSE]), np.array([1 / PULSE, 0.0])
+
+    def epochs(self, length: float, rng: np.random.Generator) -> Floats:
+        """As many as are due, all at once."""
+        return np.zeros(round(length))
+
+
 class Replay(ArrivalsBase):
     """The arrival times of a trace; `time_scale` 0.5 squeezes them into half the time (twice the rate)."""
 
@@ -140,7 +180,9 @@ class Replay(ArrivalsBase):
     time_scale: Positive = 1.0
 
 
-Arrivals = Annotated[Poisson | GammaGaps | Deterministic | Piecewise | Bursts | Replay, Field(discriminator="law")]
+Arrivals = Annotated[
+    Poisson | GammaGaps | Deterministic | Piecewise | Bursts | Batches | Together | Replay, Field(discriminator="law")
+]
 
 
 def sample_arrivals(process: ArrivalsBase, rate: float, horizon: float, rng: np.random.Generator) -> Floats:
@@ -148,7 +190,7 @@ def sample_arrivals(process: ArrivalsBase, rate: float, horizon: float, rng: np.
     starts, factors = process.profile(horizon)
     starts, factors = starts[starts < horizon], factors[starts < horizon]
     clock = np.concatenate([[0.0], np.cumsum(rate * factors * np.diff(np.append(starts, horizon)))])
-    ticks = _unit_renewals(process.gap_cv, float(clock[-1]), rng)
+    ticks = process.epochs(float(clock[-1]), rng)
     edges = np.append(starts, horizon)
     return _invert(ticks, clock, edges)
 

@@ -138,11 +138,29 @@ class Batcher:
         caching = pool.prefix_caching and mode == "recompute"
         return pool.model_copy(update={"preemption": mode, "kv_capacity": kept, "prefix_caching": caching})
 
+    def served(self, scenario: Scenario) -> Scenario:
+        """The scenario as the theory may see it under this rule; itself under the engine's own."""
+        if self == FIFO:
+            return scenario
+        return scenario.model_copy(update={"pools": tuple(self._holding(scenario, p) for p in scenario.pools)})
+
+    def _holding(self, scenario: Scenario, pool: Pool) -> Pool:
+        """`engine`, but with room for whatever the pool can hold: an empty replica protects nothing."""
+        needed = max((c.largest for c in scenario.workload.classes if pool.fits(c.largest)), default=0)
+        kept = self.engine(pool)
+        least = needed + pool.lookahead_slots + pool.block_size
+        return kept.model_copy(update={"kv_capacity": min(max(kept.kv_capacity, least), pool.kv_capacity)})
+
     def preemption(self, pool: Pool) -> Literal["recompute", "swap", "restart"]:
         """What is kept of a preempted request."""
         if self.overflow != "pool":
             return self.overflow
         return pool.preemption if pool.preemption in ("recompute", "swap", "restart") else "recompute"
+
+    def described(self) -> dict[str, str]:
+        """The fields that differ from the engine's own rule, functions by their names."""
+        own = ((f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default)
+        return {name: getattr(value, "__name__", None) or str(value) for name, value in own}
 
     @property
     def stepwise(self) -> bool:

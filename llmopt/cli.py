@@ -58,6 +58,7 @@ def scenario_options(command: Command) -> Command:
         ),
         click.option("--rate", type=float, metavar="X", help="Set the total arrival rate to X requests/s."),
         click.option("--trace", metavar="FILE", help="Replay this trace instead of the arrivals of the scenario."),
+        click.option("--predictions", metavar="LAW", help="What rules know of outputs: oracle, noise:0.5, none, ..."),
     ):
         command = option(command)
     return command
@@ -78,6 +79,7 @@ def compare(
     trace: str | None,
     rate: float | None,
     load: float | None,
+    predictions: str | None,
     json_file: str | None,
     report: str | None,
     check: bool,
@@ -88,7 +90,7 @@ def compare(
 
     names = [name.strip() for name in policies.split(",") if name.strip()] if policies is not None else None
     comparisons = []
-    for scenario in _told_apart([prepared(source, trace, rate, load) for source in scenarios]):
+    for scenario in _told_apart([prepared(source, trace, rate, load, predictions) for source in scenarios]):
         with Display(quiet=json_file == "-") as display:
             comparisons.append(play(scenario, names, parsed_seeds(seeds), display))
         if json_file != "-":
@@ -101,17 +103,23 @@ def compare(
 
 @main.command()
 @click.argument("scenario", metavar="SCENARIO")
-@click.option("--policy", default="max-margin", show_default=True, metavar="NAME", help="Whose plan to make.")
+@click.option("--policy", metavar="NAME", help="Whose plan to make; max-margin or, for batching, mc-sf if absent.")
 @scenario_options
 @json_option
 def plan(
-    scenario: str, policy: str, trace: str | None, rate: float | None, load: float | None, json_file: str | None
+    scenario: str,
+    policy: str | None,
+    trace: str | None,
+    rate: float | None,
+    load: float | None,
+    predictions: str | None,
+    json_file: str | None,
 ) -> None:
     """Make one plan and print it with its proof and its prices."""
     from llmopt.api import plan as make
     from llmopt.describe import plan_data
 
-    given = prepared(scenario, trace, rate, load)
+    given = prepared(scenario, trace, rate, load, predictions)
     answer = make(given, policy)
     if deliver(json_file, lambda: plan_data(answer, given)):
         from llmopt.text import plan_view
@@ -131,6 +139,7 @@ def stability(
     trace: str | None,
     rate: float | None,
     load: float | None,
+    predictions: str | None,
     json_file: str | None,
     check: bool,
 ) -> None:
@@ -138,7 +147,7 @@ def stability(
     from llmopt.api import stability as assess
     from llmopt.describe import stability_data
 
-    given = prepared(scenario, trace, rate, load)
+    given = prepared(scenario, trace, rate, load, predictions)
     report = assess(given, policy)
     if deliver(json_file, lambda: stability_data(report, given)):
         from llmopt.text import stability_view
@@ -201,12 +210,16 @@ main.add_command(calibrate)
 main.add_command(validate)
 
 
-def prepared(source: str, trace: str | None, rate: float | None, load: float | None) -> Scenario:
+def prepared(
+    source: str, trace: str | None, rate: float | None, load: float | None, predictions: str | None = None
+) -> Scenario:
     """The scenario with the options of the command line applied."""
-    from llmopt.api import at_load, at_rate
+    from llmopt.api import at_load, at_rate, with_predictions
     from llmopt.reading import load_scenario
 
     scenario = load_scenario(source, trace)
+    if predictions is not None:
+        scenario = with_predictions(scenario, predictions)
     if rate is not None and load is not None:
         raise ScenarioError("--rate and --load both set the arrival rate; drop one of the two")
     for name, value in (("--rate", rate), ("--load", load)):

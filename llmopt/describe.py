@@ -32,7 +32,13 @@ def plan_data(plan: Plan, scenario: Scenario) -> dict[str, Any]:
         "classes": [c.name for c in scenario.workload.classes],
         "pools": [p.name for p in scenario.pools],
     }
-    return head | {"policy": plan.policy, "router": rule, "solve": proof, "figures": plan.figures}
+    return head | {
+        "policy": plan.policy,
+        "router": rule,
+        "batcher": plan.batcher.described(),
+        "solve": proof,
+        "figures": plan.figures,
+    }
 
 
 def stability_data(report: StabilityReport, scenario: Scenario) -> dict[str, Any]:

@@ -29,6 +29,15 @@ COLUMNS = {
     "goodput": ("goodput", "requests/s", 1.0),
     "cost": ("cost", "USD per million output tokens", 1.0),
 }
+BATCHING = {
+    "e2e_mean": ("E2E mean", "s", 1.0),
+    "e2e_p99": ("E2E p99", "s", 1.0),
+    "queue_max": ("worst wait", "s", 1.0),
+    "jain": ("Jain", "1: equally fast", 1.0),
+    "starved": ("starved", "%", 100.0),
+    "preemptions": ("preempted", "times", 1.0),
+}
+DURATIONS = ("ttft", "tpot", "slo", "e2e", "queue")
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>$title</title>
@@ -60,14 +69,15 @@ def html_report(comparison: Comparison, pictures: dict[str, bytes]) -> str:
     seeds = " ".join(str(s) for s in comparison.seeds)
     names = ["policy", "fluid", "simulated", "margin (theory)"]
     heads = [f"<th>{name}</th>" for name in names]
-    heads += [f"<th>{name}<br><span>{unit}</span></th>" for name, unit, _ in COLUMNS.values()]
+    heads += ["<th>E2E<br><span>x bound</span></th>"] if comparison.bound is not None else []
+    heads += [f"<th>{name}<br><span>{unit}</span></th>" for name, unit, _ in _columns(comparison).values()]
     failed = [f"{o.policy}: {o.status}" for o in comparison.outcomes if not o.ok]
     return PAGE.substitute(
         title=f"{escape(scenario.name)}: policies compared",
         question=escape(scenario.question),
         meta=escape(f"{headline(scenario)}, seeds {seeds}"),
         head="".join([*heads, "<th>gap</th>"]),
-        rows="\n".join(_row(comparison, outcome) for outcome in comparison.outcomes),
+        rows="\n".join(_bound_row(comparison) + [_row(comparison, outcome) for outcome in comparison.outcomes]),
         confidence=f"{scenario.evaluation.confidence:.0%}",
         notes="\n".join(f'<p class="meta">{escape(text)}</p>' for text in [*failed, *comparison.notes]),
         figures="\n".join(_figure(name, svg) for name, svg in pictures.items()),
@@ -95,13 +105,27 @@ def write_report(comparison: Comparison, folder: str | Path) -> list[Path]:
     return [path for path in written if path is not None]
 
 
+def _columns(comparison: Comparison) -> dict[str, tuple[str, str, float]]:
+    """The figures shown, by metric: heading, unit and scale."""
+    return COLUMNS if comparison.bound is None else BATCHING | COLUMNS
+
+
+def _bound_row(comparison: Comparison) -> list[str]:
+    if comparison.bound is None:
+        return []
+    cells = ["<b>certified bound</b>", "", "", "", "1", number(comparison.bound.mean)]
+    cells += [""] * len(_columns(comparison))
+    return ["<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"]
+
+
 def _row(comparison: Comparison, outcome: Outcome) -> str:
     estimates = outcome.estimates(comparison.scenario.evaluation.confidence)
     mark = "*" if outcome.growing else ""
     cells = [escape(outcome.policy), _verdict(outcome.fluid_verdict), _verdict(outcome.verdict)]
     cells += [margin_text(outcome)]
-    for key, (_, _, scale) in COLUMNS.items():
-        starred = mark if key.startswith(("ttft", "tpot", "slo")) else ""
+    cells += [f"{comparison.ratio(outcome):.3f}"] if comparison.bound is not None else []
+    for key, (_, _, scale) in _columns(comparison).items():
+        starred = mark if key.startswith(DURATIONS) else ""
         cells.append(_estimate(estimates[key], scale) + starred if key in estimates else "–")
     cells.append(number(outcome.gap, 2))
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"

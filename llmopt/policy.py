@@ -97,9 +97,7 @@ class Optimized:
         return self.formulation.tighten(model, record, scenario) if isinstance(self.formulation, Tightening) else 0
 
     def _solve(self, model: Any, seconds: float) -> Solve:
-        from llmopt.solve import solve
-
-        return solve(model, self.options.model_copy(update={"time_limit": seconds}))
+        return solved(model, self.options.model_copy(update={"time_limit": seconds}))
 
     def _refined(self, model: Any, record: Solve, seconds: float) -> Solve | None:
         """Solve again; None if the time does not suffice, when the last solution is still loaded."""
@@ -112,3 +110,10 @@ class Optimized:
         except SolveError:
             return None
         return replace(again, solve_seconds=record.solve_seconds + again.solve_seconds, rounds=record.rounds + 1)
+
+
+def solved(model: Any, options: SolveOptions = DEFAULT_OPTIONS) -> Solve:
+    """Solve a model now, for policies whose rules solve a program while they run; errors as `llmopt.solve.solve`."""
+    from llmopt.solve import solve
+
+    return solve(model, options)

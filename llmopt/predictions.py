@@ -183,7 +183,8 @@ def luck(u: Floats, stream: int) -> Floats:
 
     A hash of the bits of u (the finaliser of splitmix64, Steele, Lea and Flood, OOPSLA 2014).
     """
-    x = np.ascontiguousarray(u, dtype=np.float64).view(np.uint64) + np.uint64(stream) * np.uint64(0x9E3779B97F4A7C15)
+    step = stream * 0x9E3779B97F4A7C15 % 2**64
+    x = np.ascontiguousarray(u, dtype=np.float64).view(np.uint64) + np.uint64(step)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
     x ^= x >> np.uint64(31)

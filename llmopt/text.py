@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from llmopt.batcher import FIFO
 from llmopt.plan import STATE_FEATURES, Plan, Router
 from llmopt.scenario import Scenario
 from llmopt.tables import counted, duration, grid, number, pairs
@@ -36,10 +37,13 @@ def comparison_view(comparison: Comparison) -> Iterator[RenderableType]:
     if scenario.question:
         yield Text(scenario.question, style="italic")
     yield Text(headline(scenario) + f", seeds {' '.join(str(s) for s in comparison.seeds)}")
-    table = grid("policy", "fluid", "simulated", right=COMPARISON_COLUMNS)
-    for outcome in comparison.outcomes:
-        table.add_row(*_comparison_row(comparison, outcome))
-    yield table
+    if comparison.bound is not None:
+        yield batching_table(comparison)
+    else:
+        table = grid("policy", "fluid", "simulated", right=COMPARISON_COLUMNS)
+        for outcome in comparison.outcomes:
+            table.add_row(*_comparison_row(comparison, outcome))
+        yield table
     yield from _comparison_notes(comparison)
 
 
@@ -84,6 +88,56 @@ def _comparison_row(comparison: Comparison, outcome: Outcome) -> list[Renderable
     return [*head, *middle, *end]
 
 
+BATCHING_COLUMNS = (
+    "margin (theory)",
+    "E2E mean / p99 (s)",
+    "x bound",
+    "TTFT p50 / p99 (s)",
+    "TPOT p50 (ms)",
+    "worst wait (s)",
+    "Jain",
+    "starved",
+    "preempted",
+    "plan (s)",
+    "run (s)",
+)
+
+
+def batching_table(comparison: Comparison) -> Table:
+    """One row for what no rule can beat, then one per policy."""
+    assert comparison.bound is not None
+    table = grid("policy", "simulated", right=BATCHING_COLUMNS)
+    rest = ["·"] * (len(BATCHING_COLUMNS) - 3)
+    table.add_row("certified bound", "", "·", number(comparison.bound.mean), "1", *rest, style="bold")
+    for outcome in comparison.outcomes:
+        table.add_row(*_batching_row(comparison, outcome))
+    return table
+
+
+def _batching_row(comparison: Comparison, outcome: Outcome) -> list[RenderableType]:
+    name = f"{outcome.policy} †" if outcome.clairvoyant else outcome.policy
+    plan, run = (duration(outcome.seconds.get(key, math.nan)) for key in ("plan", "run"))
+    if outcome.simulated is None:
+        return [name, verdict(outcome.verdict), *["–"] * 9, plan, run]
+    mean = {key: value.mean for key, value in outcome.estimates(comparison.scenario.evaluation.confidence).items()}
+    mark = "*" if outcome.growing else ""
+    return [
+        name,
+        verdict(outcome.verdict),
+        margin_text(outcome),
+        f"{number(mean['e2e_mean'])} / {number(mean['e2e_p99'])}{mark}",
+        f"{comparison.ratio(outcome):.3f}{mark}",
+        f"{number(mean['ttft_p50'])} / {number(mean['ttft_p99'])}{mark}",
+        number(1e3 * mean["tpot_p50"]),
+        number(mean["queue_max"]),
+        f"{mean['jain']:.3f}",
+        f"{mean['starved']:.1%}",
+        number(mean["preemptions"], 2),
+        plan,
+        run,
+    ]
+
+
 def margin_text(outcome: Outcome) -> str:
     """The simulated margin and, in brackets, the theory's where there is a split to assess."""
     theory = f" ({number(outcome.theory)})" if outcome.theory == outcome.theory else ""
@@ -95,6 +149,15 @@ def _comparison_notes(comparison: Comparison) -> Iterator[RenderableType]:
         "margin: factor by which all arrivals could grow, about ± 2 %, by long runs (by theory, for a fixed split)",
         style="dim",
     )
+    if comparison.bound is not None:
+        by = ", ".join(dict.fromkeys(comparison.bound.by))
+        yield Text(
+            f"certified bound: no rule has a smaller mean E2E on these requests (by {by}); x bound: mean E2E over it; "
+            "Jain: 1 if all requests get their tokens equally fast; starved: waited longer than ten mean E2E",
+            style="dim",
+        )
+    if any(o.clairvoyant for o in comparison.outcomes):
+        yield Text("† knows all requests and their outputs before they come; no engine can run it", style="dim")
     if any(o.growing for o in comparison.outcomes):
         yield Text("* the backlog grew in these runs, so this number depends on how long they were", style="dim")
     for note in comparison.notes:
@@ -108,6 +171,8 @@ def plan_view(plan: Plan, scenario: Scenario) -> Iterator[RenderableType]:
     """The rule, the proof, the figures and the prices."""
     yield Text(headline(scenario))
     yield from _rule_view(plan, scenario)
+    if plan.batcher != FIFO:
+        yield pairs("batching rule", "", plan.batcher.described())
     if plan.solve is not None:
         yield _proof_view(plan)
     simple = {key: value for key, value in plan.figures.items() if isinstance(value, int | float)}

@@ -10,7 +10,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field, InstanceOf, model_validator
 
-from llmopt.arrays import Floats, Ints
+from llmopt.arrays import Bools, Floats, Ints
 from llmopt.arrivals import Arrivals, Poisson, Replay, sample_arrivals
 from llmopt.lengths import Law, Tokens
 from llmopt.model import InputModel, Name
@@ -46,7 +46,11 @@ class Requests:
 
     def head(self, n: int) -> Requests:
         """The first `n` requests."""
-        return Requests(self.arrival[:n], self.prompt[:n], self.output[:n], self.cls[:n], self.u[:n])
+        return self.part(slice(n))
+
+    def part(self, which: slice | Bools) -> Requests:
+        """The requests of a slice or a mask of shape (n_requests,)."""
+        return Requests(self.arrival[which], self.prompt[which], self.output[which], self.cls[which], self.u[which])
 
 
 class RequestClass(InputModel):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
+from llmopt.batcher import Replan
+from llmopt.evaluate.rules import rules_of
 from llmopt.evaluate.run import ReplicaTotals, SimRun
 from llmopt.plan import STATE_FEATURES, Plan, Router
 from llmopt.scenario import Pool, Scenario
 from llmopt.workload import Requests
-from tests.oracle_engine import Order, Scheduler, StepPlan, is_measured, table_seconds
+from tests.oracle_batching import RuledScheduler, scheduler_of
+from tests.oracle_engine import Scheduler, StepPlan, is_measured, table_seconds
 
 
 @dataclass
@@ -36,6 +40,15 @@ class Job:
     finish: float = math.nan
 
 
+class Logged(NamedTuple):
+    """What a step serves: prefill tokens by request, decode requests in the order of the list, KV tokens allocated."""
+
+    start: float
+    prefill: dict[int, int]
+    decode: list[int]
+    held: int
+
+
 @dataclass
 class Replica:
     """One engine as the world sees it; `plan` is the step under way, `ahead` what is planned for the step after it."""
@@ -43,23 +56,23 @@ class Replica:
     pool: Pool
     number: int
     pool_number: int
+    scheduler: Scheduler
     clock: float = 0.0
     end: float = 0.0
     waiting: list[Job] = field(default_factory=list)
     running: list[Job] = field(default_factory=list)
     plan: StepPlan | None = None
     ahead: StepPlan | None = None
+    idle: bool = False
+    log: list[Logged] = field(default_factory=list)
     totals: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.scheduler = Scheduler(self.pool)
 
     def add(self, key: str, amount: float) -> None:
         self.totals[key] = self.totals.get(key, 0) + amount
 
     def held(self, job: Job) -> int:
         """Blocks of a running request, those for its tokens of this step included."""
-        if self.pool.preemption == "reserve":
+        if self.scheduler.reserves:
             return self.scheduler.blocks(job.prompt + job.output - self.pool.first_step)
         return self.scheduler.blocks(job.computed + (self.plan.take.get(job.number, 0) if self.plan else 0))
 
@@ -73,9 +86,12 @@ class Replica:
     def arrive(self, job: Job, time: float) -> None:
         if not self.waiting and not self.running:
             self.clock = max(self.clock, time)
+        if self.idle:
+            # a replica that idles with requests looks again at every arrival
+            self.clock = time
         job.replica, job.queued = self.number, time if self.plan is None else self.end
         self.waiting.append(job)
-        self.scheduler.waiting.append(Order(job.number, job.prompt, job.output, job.prompt))
+        self.scheduler.join(job.number, job.prompt, job.output)
 
     def advance(self, until: float) -> None:
         """Begin every step that starts before `until`, complete every step that ends by `until`."""
@@ -89,26 +105,36 @@ class Replica:
             plan = self.ahead
             if plan is None or not plan.take:
                 # nothing could be planned ahead; what was preempted in vain stays preempted
-                plan, vain = self.scheduler.plan(), plan.preempted if plan else []
-                plan.preempted = vain + plan.preempted
+                plan, vain = self.scheduler.plan(self.clock), plan.moves if plan else []
+                plan.moves = vain + plan.moves
+            self.move(plan)
+            if not plan.take:
+                self.clock, self.idle = self.scheduler.wake(self.clock), True
+                continue
             self.begin(plan)
-            self.ahead = self.scheduler.plan() if self.pool.async_scheduling else None
+            self.ahead = self.scheduler.plan(self.clock) if self.pool.async_scheduling else None
 
-    def begin(self, plan: StepPlan) -> None:
-        """Start a planned step at the clock."""
-        for number in plan.preempted:
-            job = next(j for j in self.running if j.number == number)
-            self.running.remove(job)
-            self.preempt(job)
-        for number, computed in plan.admitted:
-            job = self.waiting.pop(0)
-            assert job.number == number
+    def move(self, plan: StepPlan) -> None:
+        """Preempt and admit as planned."""
+        for number, computed in plan.moves:
+            job = next(j for j in (self.running if computed is None else self.waiting) if j.number == number)
+            if computed is None:
+                self.running.remove(job)
+                self.preempt(job)
+                continue
+            self.waiting.remove(job)
             job.computed = computed
             self.running.append(job)
             if math.isnan(job.scheduled):
                 job.scheduled = self.clock
-        self.plan = plan
+
+    def begin(self, plan: StepPlan) -> None:
+        """Start a planned step at the clock."""
+        self.plan, self.idle = plan, False
         self.end = self.clock + self.duration(plan.take)
+        moving = [j for j in self.running if j.number in plan.take]
+        chunks = {j.number: plan.take[j.number] for j in moving if j.prefilling}
+        self.log.append(Logged(self.clock, chunks, [j.number for j in moving if not j.prefilling], self.kv_tokens()))
 
     def duration(self, take: dict[int, int]) -> float:
         prefill = decode = kv = 0
@@ -132,7 +158,7 @@ class Replica:
         job.preemptions += 1
         self.add("preemptions", 1)
         self.waiting.insert(0, job)
-        mode = self.pool.preemption
+        mode = self.scheduler.kept
         if mode == "swap":
             return
         if mode == "restart":
@@ -223,22 +249,50 @@ class Dispatcher:
 
 def simulate(scenario: Scenario, plan: Plan, requests: Requests) -> SimRun:
     """Run data routers only."""
+    return _collect(requests, *play(scenario, plan, requests))
+
+
+def play(scenario: Scenario, plan: Plan, requests: Requests) -> tuple[list[Job], list[Replica]]:
+    """Every request and every replica after the last step."""
     assert isinstance(plan.router, Router)
+    rules = rules_of(scenario, plan, requests)
     pools = [(j, pool) for j, pool in enumerate(scenario.pools) for _ in range(pool.replicas)]
-    replicas = [Replica(pool, number, j) for number, (j, pool) in enumerate(pools)]
+    replicas = [Replica(pool, i, j, scheduler_of(pool, rules, requests)) for i, (j, pool) in enumerate(pools)]
     dispatcher = Dispatcher(plan.router, replicas)
+    ticks = Ticks(plan.batcher.replan, replicas)
     jobs = []
     for i in range(len(requests)):
         prompt = int(requests.prompt[i])
         job = Job(i, prompt, int(requests.output[i]), target=prompt)
         time = float(requests.arrival[i])
+        ticks.play(time)
         for replica in replicas:
             replica.advance(time)
         replicas[dispatcher.choose(i, int(requests.cls[i]), float(requests.u[i]))].arrive(job, time)
         jobs.append(job)
+    ticks.play(math.inf)
     for replica in replicas:
         replica.advance(math.inf)
-    return _collect(requests, jobs, replicas)
+    return jobs, replicas
+
+
+class Ticks:
+    """The times at which queues are ranked anew."""
+
+    def __init__(self, replan: Replan | None, replicas: list[Replica]) -> None:
+        self.replan, self.replicas, self.count = replan, replicas, 1
+
+    def play(self, until: float) -> None:
+        """Everything up to the last of these times that is at most `until`, as long as there are requests."""
+        while self.replan is not None and self.count * self.replan.every <= until:
+            if until == math.inf and not any(r.waiting or r.running for r in self.replicas):
+                return
+            time = self.count * self.replan.every
+            for replica in self.replicas:
+                replica.advance(time)
+                assert isinstance(replica.scheduler, RuledScheduler)
+                replica.scheduler.rank_anew(time)
+            self.count += 1
 
 
 def _collect(requests: Requests, jobs: list[Job], replicas: list[Replica]) -> SimRun:

@@ -36,11 +36,14 @@ class Order:
 
 @dataclass
 class StepPlan:
-    """Tokens of each request, whom the step preempts, in turn, and whom it admits with how many tokens computed."""
+    """Tokens of each request, and who moves, in turn: admitted with how many tokens computed, or (None) preempted."""
 
     take: dict[int, int] = field(default_factory=dict)
-    preempted: list[int] = field(default_factory=list)
-    admitted: list[tuple[int, int]] = field(default_factory=list)
+    moves: list[tuple[int, int | None]] = field(default_factory=list)
+
+    @property
+    def preempted(self) -> list[int]:
+        return [number for number, computed in self.moves if computed is None]
 
 
 class Scheduler:
@@ -48,11 +51,21 @@ class Scheduler:
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
+        self.kept: str = pool.preemption
+        self.reserves = pool.preemption == "reserve"
+        self.caching = pool.prefix_caching
         self.waiting: list[Order] = []
         self.running: list[Order] = []
         self.free = deque(range(pool.kv_blocks))
         self.content: dict[int, tuple[int, int]] = {}
         self.cached: dict[tuple[int, int], int] = {}
+
+    def join(self, number: int, prompt: int, output: int) -> None:
+        self.waiting.append(Order(number, prompt, output, prompt))
+
+    def wake(self, now: float) -> float:
+        """When to look again if the step at `now` has no tokens."""
+        raise AssertionError(f"first come first served has tokens in every step, but not at {now}")
 
     def blocks(self, tokens: int) -> int:
         return math.ceil((tokens + self.pool.lookahead_slots) / self.pool.block_size)
@@ -60,8 +73,8 @@ class Scheduler:
     def wants(self, order: Order, budget: int) -> int:
         return min(order.target - order.computed if order.prefilling else 1, self.pool.chunk, budget)
 
-    def plan(self) -> StepPlan:
-        """Form the batch of the next step that has none yet."""
+    def plan(self, now: float) -> StepPlan:
+        """Form the batch of the next step that has none yet, at `now`."""
         plan, budget = StepPlan(), self.pool.token_budget
         for order in list(self.running):
             if order not in self.running or budget == 0:
@@ -84,7 +97,7 @@ class Scheduler:
             self.running.append(order)
             assert self.grow(order, tokens)
             plan.take[order.number] = tokens
-            plan.admitted.append((order.number, order.computed))
+            plan.moves.append((order.number, order.computed))
             budget -= tokens
         for order in self.running:
             self.carry_out(order, plan.take.get(order.number, 0))
@@ -93,7 +106,7 @@ class Scheduler:
     def grow(self, order: Order, tokens: int) -> bool:
         """Allocate the blocks for `tokens` more, or say that there are too few."""
         total = order.computed + tokens
-        if self.pool.preemption == "reserve":
+        if self.reserves:
             total = order.prompt + order.output - self.pool.first_step
         more = self.blocks(total) - len(order.blocks)
         if more > len(self.free):
@@ -112,7 +125,7 @@ class Scheduler:
 
     def find_blocks(self, order: Order) -> None:
         """Take back the request's own full blocks, from the first on, as long as they are still there."""
-        if not self.pool.prefix_caching:
+        if not self.caching:
             return
         while len(order.blocks) < (order.target - 1) // self.pool.block_size:
             block = self.cached.get((order.number, len(order.blocks)))
@@ -123,7 +136,7 @@ class Scheduler:
         order.computed = len(order.blocks) * self.pool.block_size
 
     def admissible(self, order: Order, tokens: int, plan: StepPlan) -> bool:
-        if self.pool.preemption == "reserve":
+        if self.reserves:
             return self.blocks(order.prompt + order.output - self.pool.first_step) <= len(self.free)
         if self.pool.preemption == "lookahead":
             return self.projection_fits(order, tokens, plan)
@@ -136,6 +149,10 @@ class Scheduler:
         # one row per request: computed, emitted, output, target, prefilling
         rows = [[o.computed, o.emitted, o.output, o.target, o.prefilling] for o in orders]
         first = [plan.take.get(o.number, 0) for o in orders[:-1]] + [tokens]
+        return self.stays_below(rows, first, self.pool.kv_blocks, late)
+
+    def stays_below(self, rows: list[list[int]], first: list[int], limit: int, late: int = 0) -> bool:
+        """Play rows of computed, emitted, output, target, prefilling; `late` blocks count in the first step only."""
         step = 0
         while rows:
             for i, row in enumerate(rows):
@@ -147,7 +164,7 @@ class Scheduler:
                     row[4] = False
                 elif not prefilling:
                     row[1] += tokens
-            if sum(self.blocks(row[0]) for row in rows) + late > self.pool.kv_blocks:
+            if sum(self.blocks(row[0]) for row in rows) + late > limit:
                 return False
             rows = [row for row in rows if row[1] < row[2]]
             late = 0
@@ -158,9 +175,13 @@ class Scheduler:
         self.running.remove(order)
         self.release(order)
         self.waiting.insert(0, order)
-        plan.preempted.append(order.number)
-        if self.pool.preemption != "swap":
-            order.emitted = 0 if self.pool.preemption == "restart" else order.emitted
+        plan.moves.append((order.number, None))
+        self.forget(order)
+
+    def forget(self, order: Order) -> None:
+        """What a preempted request loses."""
+        if self.kept != "swap":
+            order.emitted = 0 if self.kept == "restart" else order.emitted
             order.computed, order.target, order.prefilling = 0, order.prompt + order.emitted, True
 
     def carry_out(self, order: Order, tokens: int) -> None:
@@ -171,7 +192,7 @@ class Scheduler:
         elif tokens and order.computed == order.target:
             order.emitted += self.pool.first_step
             order.prefilling = False
-        for k in range(order.computed // self.pool.block_size if self.pool.prefix_caching else 0):
+        for k in range(order.computed // self.pool.block_size if self.caching else 0):
             self.content[order.blocks[k]] = (order.number, k)
             self.cached[order.number, k] = order.blocks[k]
 

@@ -8,8 +8,10 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 
+from llmopt.batcher import Batcher, Hold, Replan
 from llmopt.evaluate.run import SimRun
 from llmopt.plan import STATE_FEATURES, Router, index_router
+from llmopt.predictions import Buckets, Interval, Noise, PredictorBase, Quantile, Unknown
 from llmopt.scenario import Scenario
 from llmopt.steptable import StepTable
 from llmopt.workload import Requests
@@ -159,6 +161,103 @@ def build(pool_rows: list[dict[str, Any]], horizon: float = 10.0, longest: int =
     return Scenario.model_validate(
         {"name": "small", "workload": workload, "pools": pool_rows, "evaluation": {"horizon": horizon}}
     )
+
+
+BATCHERS = ("queue", "mixing", "class", "stage", "levels")
+KEYS = (
+    lambda c: c.prompt + c.predicted,
+    lambda c: -c.arrival,
+    lambda c: c.prompt % 3,
+    lambda c: c.high - c.low + c.u,
+    lambda c: (c.cls == 1) * 1000.0 - c.predicted,
+)
+RELEASES = (lambda c: c.arrival + c.prompt % 4 / 8, lambda c: np.ceil(c.arrival) + (c.u < 0.3) * 2.0)
+RANKS = (
+    lambda s: s.predicted - s.emitted,
+    lambda s: -s.arrival,
+    lambda s: (7 * s.running_computed.sum() + 5 * s.waiting + s.running_emitted.sum()) % 11,
+    lambda s: (s.prompt * (3 + s.running_predicted.sum()) + 64 * s.time + s.running_prompt.sum()) % 7,
+)
+
+
+def random_predictor(rng: np.random.Generator) -> PredictorBase | None:
+    """Every quality of prediction, and that of the scenario."""
+    edges = tuple(np.cumsum(rng.integers(1, 12, 3)).tolist())
+    several = (
+        None,
+        Noise(law="noise", sigma=float(rng.choice([0.2, 1.0, 2.0])), factor=float(rng.choice([0.3, 1.0]))),
+        Interval(law="interval", factor=4.0),
+        Buckets(law="buckets", edges=edges),
+        Quantile(law="quantile", q=0.2),
+        Unknown(law="none"),
+    )
+    return several[rng.integers(len(several))]
+
+
+def random_batcher(rng: np.random.Generator, kind: str) -> Batcher:
+    """A batching rule of one of the kinds `BATCHERS`, which differ in whom a step serves, and any memory rule."""
+
+    def pick(*choices: Any) -> Any:
+        return choices[rng.integers(len(choices))]
+
+    batcher = Batcher(
+        admission=pick("pool", "lookahead", "optimistic", "optimistic"),
+        overflow=pick("pool", "recompute", "swap", "restart" if kind != "levels" else "swap"),
+        victims=pick("youngest", "last", "least", "all", "each"),
+        clearing=pick(0.1, 0.5, 1.0),
+        belief=pick("point", "low", "high"),
+        predictor=random_predictor(rng),
+        skips=pick(0, 0, 1, 3),
+        protected=pick(0.0, 0.0, 0.1, 0.4),
+    )
+    if kind in ("queue", "mixing"):
+        batcher = replace(
+            batcher,
+            order=pick("arrival", "predicted", "predicted", *KEYS),
+            release=pick(None, None, *RELEASES),
+            replan=pick(None, None, Replan(pick(0.25, 1.0, 3.0), pick(*RANKS))),
+            mixing=pick("prefill-first", "prefill-only", "decode-only") if kind == "mixing" else "decode-first",
+        )
+    if kind == "class":
+        return replace(batcher, hold=Hold("class", tuple(rng.integers(1, 5, 2).tolist())))
+    edges = tuple(np.cumsum(rng.integers(1, 9, rng.integers(0, 4))).tolist())
+    if kind == "stage":
+        return replace(batcher, hold=Hold("stage", tuple(rng.integers(1, 4, len(edges) + 1).tolist()), edges))
+    return replace(batcher, levels=edges or (2,)) if kind == "levels" else batcher
+
+
+def random_pool(rng: np.random.Generator, name: str, kind: str) -> dict[str, Any]:
+    """Memory for two or three of the longest requests, and budgets that may be short."""
+    block = int(rng.choice([1, 2, 3, 16]))
+    budgets = [2 * LONGEST, 1000] if kind == "mixing" else [3, 7, 40, 1000, 1000]
+    mode = str(rng.choice(MODES))
+    pieces = (
+        {"base": 0.125},
+        {"base": 0.015625, "decode": 0.0078125},
+        {"base": 0.0, "kv": 0.0009765625, "prefill": 0.25},
+    )
+    pool = {
+        "name": name,
+        "replicas": int(rng.integers(1, 3)),
+        "step_time": [pieces[k] for k in rng.permutation(3)[: rng.integers(1, 3)]],
+        "kv_capacity": 2 * LONGEST + 3 + block + int(rng.choice([0, 0, 20, 60])),
+        "block_size": block,
+        "max_batch": int(rng.choice([1, 2, 5, 100, 100])),
+        "token_budget": int(rng.choice(budgets)),
+        "preemption": mode,
+        "first_token": str(rng.choice(["prefill", "decode"])),
+        "lookahead_slots": int(rng.choice([0, 0, 1, 3])),
+        "prefix_caching": mode == "recompute" and rng.random() < 0.3,
+    }
+    return pool | ({"prefill_chunk": int(rng.integers(1, 12))} if rng.random() < 0.4 else {})
+
+
+def random_requests(rng: np.random.Generator, most: int = 40) -> Requests:
+    """Requests that meet, in two classes, some of them at the same time."""
+    n, longest = int(rng.integers(1, most)), int(rng.choice([3, LONGEST, LONGEST]))
+    gap = rng.choice([0, 0, 1, 3, 3, 40], n)
+    lengths = rng.integers(1, longest + 1, (2, n))
+    return Requests(np.cumsum(gap) / 64.0, *lengths, rng.integers(0, 2, n), rng.random(n))
 
 
 def assert_same(ours: SimRun, truth: SimRun) -> None:

@@ -10,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
+from llmopt.api import at_rate
 from llmopt.arrays import Floats
 from llmopt.arrivals import Arrivals, ArrivalsBase, sample_arrivals
+from llmopt.evaluate.fluid import arriving
+from tests import factories
 
 ADAPTER: TypeAdapter[Any] = TypeAdapter(Arrivals)
 
@@ -73,8 +76,39 @@ def test_bursts_keep_the_mean_and_start_calm() -> None:
     assert np.sum(times % 50.0 >= 40.0) / 1000.0 == pytest.approx(160.0, rel=0.05)
 
 
+@pytest.mark.parametrize(("cv", "seeds"), [(0.0, 1), (1.0, 400)])
+def test_batches_come_whole_and_keep_the_mean_rate(cv: float, seeds: int) -> None:
+    """Equal gaps start in the middle of one; counts of Poisson batches have variance size x mean."""
+    one = process(law="batches", size=8, cv=cv)
+    samples = [sample(one, 4.0, 50.0, seed) for seed in range(seeds)]
+    for times in samples:
+        assert (np.unique(times, return_counts=True)[1] == 8).all()
+    counts = np.array([len(times) for times in samples])
+    assert abs(counts.mean() - 200.0) <= 4 * np.sqrt(8 * 200.0 / seeds) * cv
+    if cv == 0:
+        assert np.unique(samples[0]) == pytest.approx(1.0 + 2.0 * np.arange(25))
+    else:
+        assert counts.var() / counts.mean() == pytest.approx(8.0, rel=0.3)
+
+
+@pytest.mark.parametrize(("rate", "horizon", "count"), [(1.0, 50.0, 50), (0.3, 50.0, 15), (12.5, 4.0, 50)])
+def test_together_brings_all_of_a_run_at_time_0(rate: float, horizon: float, count: int) -> None:
+    times = sample(process(law="together"), rate, horizon)
+    assert times.tolist() == [0.0] * count
+
+
+def test_the_fluid_model_sees_a_crowd_that_has_come_together_at_once() -> None:
+    scenario = factories.scenario([factories.pool()], rate=3.0, arrivals={"law": "together"}, horizon=100.0)
+    table = arriving(scenario, 100.0)
+    assert table.sum() == pytest.approx(300.0)
+    assert table[: len(table) // 500].sum() == pytest.approx(300.0)
+    assert at_rate(scenario, 6.0).workload.sample(100.0, 1).arrival.tolist() == [0.0] * 600
+
+
 PROCESSES = st.one_of(
     st.just({"law": "poisson"}),
+    st.just({"law": "together"}),
+    st.builds(lambda size, cv: {"law": "batches", "size": size, "cv": cv}, st.integers(1, 40), st.floats(0, 3)),
     st.just({"law": "deterministic"}),
     st.builds(lambda cv: {"law": "gamma", "cv": cv}, st.floats(0.05, 4.0)),
     st.builds(
@@ -133,6 +167,7 @@ def test_profiles_average_to_one_over_whole_periods(keys: dict[str, Any], horizo
         ({"law": "piecewise", "times": [0.0, 5.0], "factors": [1.0, 1.0], "period": 5.0}, "before the last time"),
         ({"law": "piecewise", "times": [0.0], "factors": [0.0]}, "all zero"),
         ({"law": "bursts", "on": 0.0, "off": 5.0}, "greater than 0"),
+        ({"law": "batches", "size": 0}, "greater than or equal to 1"),
         ({"law": "replay", "time_scale": -1.0}, "greater than 0"),
     ],
 )

@@ -12,6 +12,7 @@ from llmopt.arrivals import Arrivals
 from llmopt.hardware import Piece
 from llmopt.lengths import Law
 from llmopt.model import InputModel
+from llmopt.predictions import Predictor
 from llmopt.reading import load_scenario
 from llmopt.scenario import Evaluation, Pool, Preemption, Scenario
 from llmopt.trace_formats import GENERIC, format_names
@@ -38,7 +39,8 @@ def test_every_key_is_documented(model: type[InputModel]) -> None:
 
 
 def test_every_law_format_and_mode_is_documented() -> None:
-    laws = [m.model_fields["law"].annotation for union in (Law, Arrivals) for m in get_args(get_args(union)[0])]
+    unions = (Law, Arrivals, Predictor)
+    laws = [m.model_fields["law"].annotation for union in unions for m in get_args(get_args(union)[0])]
     words = [tag for law in laws for tag in get_args(law)] + list(get_args(Preemption))
     assert all(f'`"{word}"`' in TEXT for word in words)
     assert all(f"`{name}`" in TEXT for name in (*format_names(), *GENERIC))

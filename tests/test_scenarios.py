@@ -11,32 +11,104 @@ import numpy as np
 import pytest
 
 import llmopt.catalog
+from formulations.batching_start import admitted
+from llmopt.api import stability
 from llmopt.catalog import catalog_entry, catalog_names
 from llmopt.errors import ScenarioError
 from llmopt.evaluate.simulate import simulate
 from llmopt.plan import Plan, index_router
 from llmopt.reading import bundled_scenarios, load_scenario
+from llmopt.rounds import Rounds
 from llmopt.scenario import Pool
 from llmopt.traces import Trace, read_trace, trace_summary
 
 NAMES = ("azure-code", "azure-conv", "bursty-day", "nie-1to1", "nie-1to2", "nie-2to1", "quickstart")
+BATCHING = {
+    "rounds-model1": (50, 50),
+    "rounds-model2": (25, 75),
+    "lmsys-high": (9_700, 10_300),
+    "lmsys-low": (9_700, 10_300),
+    "chat-summaries": (2000, 2000),
+    "adversarial": (240, 240),
+    "batch-burst": (6000, 6000),
+    "azure-conv-batching": (19_000, 21_000),
+    "mooncake-batching": (12_240, 12_240),
+}
+"""Scenarios whose open decision is batching, and how many requests a run of them has."""
 
 
 def test_the_promised_scenarios_are_there() -> None:
-    assert set(NAMES) <= set(bundled_scenarios())
+    assert {*NAMES, *BATCHING} <= set(bundled_scenarios())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *BATCHING])
 def test_every_scenario_loads_and_asks_one_question(name: str) -> None:
     scenario = load_scenario(name)
     text = bundled_scenarios()[name].read_text()
     assert scenario.name == name
     assert scenario.question.endswith("?")
     assert re.match(r"# .*\?\n", text), "the first comment asks the question"
-    assert len(scenario.workload.sample(scenario.evaluation.horizon, 1)) > 5000
+    low, high = BATCHING.get(name, (5000, 10**6))
+    assert low <= len(scenario.workload.sample(scenario.evaluation.horizon, 1)) <= high
+    assert scenario.problem == ("batching" if name in BATCHING else "routing")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BATCHING)
+def test_batching_scenarios_open_nothing_but_batching(name: str) -> None:
+    """One pool that takes any rule, its memory the scarce resource, and a load from which something follows."""
+    scenario = load_scenario(name)
+    (pool,) = scenario.pools
+    assert not pool.async_scheduling
+    assert scenario.predictions.law == "oracle"
+    report = stability(scenario)
+    assert report.resource == "kv"
+    overloaded = name in ("rounds-model2", "lmsys-high")
+    assert (3 < report.load < 12) if overloaded else (0.7 < report.load < 0.95)
+    run = simulate(scenario, Plan("fifo"))
+    assert np.isfinite(run.e2e).all()
+    assert run.scheduled.max() > run.requests.arrival.max(), "somebody waits for others"
+
+
+@pytest.mark.parametrize("name", ["rounds-model1", "adversarial"])
+def test_an_engine_with_steps_of_a_second_plays_rounds(name: str) -> None:
+    """All there at 0, first come first served with look-ahead: they start when the list rule starts them."""
+    run = simulate(load_scenario(name), Plan("fifo"))
+    drawn = run.requests
+    instance = Rounds.together(
+        list(zip(drawn.prompt, drawn.output, strict=True)), load_scenario(name).pools[0].kv_capacity
+    )
+    start = admitted(instance, np.zeros(len(instance)))
+    assert run.scheduled.tolist() == start.tolist()
+    assert run.e2e.sum() == instance.latency(start)
+    assert run.replicas.peak[0] <= instance.usage(start).max()
+
+
+def test_lmsys_lengths_have_the_published_means_and_medians() -> None:
+    high, low = load_scenario("lmsys-high"), load_scenario("lmsys-low")
+    assert high.workload.classes == low.workload.classes
+    assert high.pools == low.pools
+    assert (high.workload.rate, low.workload.rate, high.pools[0].kv_capacity) == (50.0, 10.0, 16_492)
+    for law, mean, median in (
+        (high.workload.classes[0].prompt, 40.62, 11),
+        (high.workload.classes[0].output, 85.32, 45),
+    ):
+        values, probs = law.pmf
+        assert law.mean == pytest.approx(mean, rel=1e-3)
+        assert values[np.searchsorted(np.cumsum(probs), 0.5)] == median
+
+
+def test_mooncake_scenario_quotes_its_trace(shared: Path) -> None:
+    file = shared / "data/mooncake-fast25/conversation_trace.jsonl"
+    quoted, real = load_scenario("mooncake-batching"), load_scenario("mooncake-batching", file)
+    assert quoted.workload.rates == pytest.approx(real.workload.rates, rel=0.02)
+    assert len(real.workload.sample(real.evaluation.horizon, 1)) == 12_031
+    for a, b in zip(quoted.workload.classes, real.workload.classes, strict=True):
+        assert a.prompt.mean == pytest.approx(b.prompt.mean, rel=0.03)
+        assert a.output.mean == pytest.approx(b.output.mean, rel=0.03)
+        assert a.largest >= b.largest
+
+
+@pytest.mark.parametrize("name", [*NAMES, *BATCHING])
 def test_every_number_in_a_scenario_has_a_unit(name: str) -> None:
     """A comment on the line, or, for a table or a list, on the line that opens it or closes it."""
     plain = ("name", "problem", "question", "law", "probs", "values", "seeds", "replicas", "horizon", "period")
@@ -144,11 +216,11 @@ def test_catalog_replays_a_measured_run(gpu: str, entry: str, within: float, sha
     assert np.nanmean(run.tpot) == pytest.approx(tpot, rel=within)
 
 
-@pytest.mark.parametrize("kind", ["conv", "code"])
-def test_azure_scenarios_quote_their_trace(kind: str, shared: Path) -> None:
+@pytest.mark.parametrize("name", ["azure-conv", "azure-code", "azure-conv-batching"])
+def test_azure_scenarios_quote_their_trace(name: str, shared: Path) -> None:
     """Rates within 3 %, mean lengths within 2 and 12 %, burstiness of the same kind as the file they stand for."""
-    file = shared / f"data/azure-llm-2023/AzureLLMInferenceTrace_{kind}.csv"
-    quoted, real = load_scenario(f"azure-{kind}"), load_scenario(f"azure-{kind}", file)
+    file = shared / f"data/azure-llm-2023/AzureLLMInferenceTrace_{name.split('-')[1]}.csv"
+    quoted, real = load_scenario(name), load_scenario(name, file)
     assert quoted.workload.rates == pytest.approx(real.workload.rates, rel=0.03)
     for a, b in zip(quoted.workload.classes, real.workload.classes, strict=True):
         assert a.prompt.mean == pytest.approx(b.prompt.mean, rel=0.02)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -12,13 +12,14 @@ import numpy as np
 from llmopt.arrays import Floats
 from llmopt.assess import assess
 from llmopt.errors import Infeasible, LLMOptError, PolicyError, ScenarioError
-from llmopt.evaluate.comparison import QUANTILES, Comparison, Outcome, Simulated
+from llmopt.evaluate.comparison import QUANTILES, Bound, Comparison, Outcome, Simulated
 from llmopt.evaluate.fluid import evaluate_fluid
 from llmopt.evaluate.margin import ASKED, backlog_growth, long_run, simulated_margin
 from llmopt.evaluate.report import in_window, measure, realised_split
 from llmopt.evaluate.run import SimRun
 from llmopt.evaluate.simulate import simulate
-from llmopt.plan import Router, check_plan
+from llmopt.latency_bound import latency_bound
+from llmopt.plan import Plan, Router, check_plan
 from llmopt.policy import Policy
 from llmopt.scenario import Scenario
 from llmopt.workload import Requests
@@ -26,6 +27,8 @@ from llmopt.workload import Requests
 Progress = Callable[[int, int, str], None]
 """Called with (jobs done, jobs in all, what starts now)."""
 
+ROUNDING = 1e-9
+"""Relative error of a sum of step times."""
 POINTS = 241
 """Instants at which a simulated backlog is looked at."""
 MOST_REQUESTS = 50_000_000
@@ -76,7 +79,8 @@ def compare(
         outcomes.append(game.play(policy))
         game.done = (i + 1) * (2 + len(chosen))
     game.tell("done", 0)
-    return Comparison(scenario, chosen, tuple(outcomes))
+    bound = certify(scenario, arrivals, outcomes) if scenario.problem == "batching" else None
+    return Comparison(scenario, chosen, tuple(outcomes), bound)
 
 
 @dataclass
@@ -111,7 +115,7 @@ class _Game:
         plan = check_plan(plan, self.scenario)
         if plan.solve:
             self.seconds |= {"build": plan.solve.build_seconds, "solve": plan.solve.solve_seconds}
-        return replace(outcome, plan=plan)
+        return replace(outcome, plan=plan, clairvoyant=plan.batcher.clairvoyant)
 
     def fluid(self, policy: Policy, outcome: Outcome) -> Outcome:
         """The fluid model."""
@@ -140,17 +144,18 @@ class _Game:
         plan, simulated = outcome.plan, outcome.simulated
         assert plan is not None and simulated is not None
         fractions = simulated.fractions if plan.fractions is None else plan.fractions
-        theory = assess(self.scenario, fractions, router=policy.name)
+        theory = assess(plan.batcher.served(self.scenario), fractions, router=policy.name)
         notes = tuple(caveat for pool in theory.pools for caveat in pool.caveats)
         load = np.array([pool.load for pool in theory.pools])
         outcome = replace(outcome, fractions=fractions, load=load, notes=notes)
         margin = theory.critical_rate / theory.rate
-        self.tell(f"{policy.name}: search for the margin", 0)
-        with self.timed("margin"):
-            played = self.long if isinstance(plan.router, Router) else self.long.head(ASKED)
-            bracket = simulated_margin(self.scenario, plan, played, margin)
-        outcome = replace(outcome, bracket=bracket)
-        if plan.fractions is None:
+        if not (plan.batcher.clairvoyant or plan.batcher.replan):
+            self.tell(f"{policy.name}: search for the margin", 0)
+            with self.timed("margin"):
+                played = self.long if isinstance(plan.router, Router) else self.long.head(ASKED)
+                bracket = simulated_margin(self.scenario, plan, played, margin)
+            outcome = replace(outcome, bracket=bracket)
+        if not decided(self.scenario, plan):
             return outcome
         return replace(outcome, theory=margin, error=theory.error, outer=theory.outer_rate / theory.rate)
 
@@ -168,6 +173,38 @@ class _Game:
         if self.progress is not None:
             self.progress(self.done, self.total, what)
         self.done += jobs
+
+
+def decided(scenario: Scenario, plan: Plan) -> bool:
+    """Whether the plan leaves the theory no choice: a fixed split, and steps in which nobody pauses."""
+    alone = scenario.problem == "batching" and len(scenario.pools) == 1
+    return (plan.fractions is not None or alone) and not plan.batcher.stepwise
+
+
+def certify(scenario: Scenario, arrivals: Mapping[int, Requests], outcomes: Sequence[Outcome]) -> Bound:
+    """The best lower bound on the mean end-to-end latency of the measured requests of every seed.
+
+    Leaving out the others only helps those, so that a bound for them alone holds.
+
+    Raises
+    ------
+    RuntimeError
+        If a simulated latency lies below its bound, which would be an error of this program.
+    """
+    best: list[tuple[float, str]] = []
+    for s, requests in enumerate(arrivals.values()):
+        measured = requests.part(in_window(scenario, requests.arrival))
+        found = latency_bound(scenario.pools, measured.arrival, measured.prompt, measured.output)
+        certificates = [(found.mean, str(found.argument))]
+        certificates += [
+            (o.plan.bound(measured) / len(measured), o.policy) for o in outcomes if o.plan and o.plan.bound
+        ]
+        best.append(max(certificates, key=lambda one: -np.inf if np.isnan(one[0]) else one[0]))
+        for outcome in outcomes:
+            latency = outcome.simulated.reports[s].e2e.mean if outcome.simulated else np.nan
+            if latency < best[-1][0] * (1 - ROUNDING):
+                raise RuntimeError(f"{outcome.policy} has {latency} s, below the bound {best[-1]} of {scenario.name}")
+    return Bound(tuple(value for value, _ in best), tuple(by for _, by in best))
 
 
 def summarise_runs(scenario: Scenario, seeds: Sequence[int], runs: Sequence[SimRun]) -> Simulated:

@@ -51,15 +51,32 @@ class Simulated:
 
 
 @dataclass(frozen=True)
+class Bound:
+    """No batching rule has a smaller mean end-to-end latency than this, whatever it knows.
+
+    by_seed: seconds, one per seed, NaN where nothing is proven; by: whose argument is the best, per seed.
+    """
+
+    by_seed: tuple[float, ...]
+    by: tuple[str, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean over seeds, s."""
+        return float(np.mean(self.by_seed))
+
+
+@dataclass(frozen=True)
 class Outcome:
     """One row of a comparison.
 
     status: "ok", or why the policy has no (complete) result; fractions (n_classes, n_pools): the split the policy
     decided or, where it decides by state, the split that came about; load (n_pools,): estimated load of each pool under
-    it; bracket: factors on all arrivals, at most 2 % apart, at which the simulated backlog does not grow and grows in a
-    long run; theory: for a decided split the critical factor by the step-mean estimate with its relative half-width
-    `error`, and `outer`, the same by the outer bound; notes: what the estimate does not cover. The seconds are
-    wall-clock: planning, of that building and solving, the fluid model, simulating all seeds, searching the margin.
+    it; clairvoyant: whether its batching rule knows what no engine can; bracket: factors on all arrivals, at most 2 %
+    apart, at which the simulated backlog does not grow and grows in a long run, NaN for a rule that is too slow or too
+    far-sighted for one; theory: for a decided split the critical factor by the step-mean estimate with its relative
+    half-width `error`, and `outer`, the same by the outer bound; notes: what the estimate does not cover. The seconds
+    are wall-clock: planning, of that building and solving, the fluid model, simulating all seeds, searching the margin.
     """
 
     policy: str
@@ -69,6 +86,7 @@ class Outcome:
     simulated: Simulated | None = None
     fractions: Floats | None = None
     load: Floats | None = None
+    clairvoyant: bool = False
     bracket: tuple[float, float] = (float("nan"), float("nan"))
     theory: float = float("nan")
     error: float = float("nan")
@@ -89,10 +107,13 @@ class Outcome:
 
     @property
     def verdict(self) -> Verdict:
-        """The simulator's verdict in the long run; ``close`` where the margin is 1 within its resolution."""
+        """The simulator's verdict in the long run; ``close`` where the margin is 1 within its resolution.
+
+        Of a rule that has no long run it is the verdict of the measured window.
+        """
         low, high = self.bracket
         if np.isnan(low):
-            return ""
+            return "" if self.simulated is None or not self.ok else "unstable" if self.growing else "stable"
         return "stable" if low >= 1 else "unstable" if high <= 1 else "close"
 
     @property
@@ -117,11 +138,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Policies on one scenario, played against the same arrivals; `outcomes` in the order asked for."""
+    """Policies on one scenario, played against the same arrivals; `outcomes` in the order asked for.
+
+    bound: where batching is open, what no rule can beat.
+    """
 
     scenario: Scenario
     seeds: tuple[int, ...]
     outcomes: tuple[Outcome, ...]
+    bound: Bound | None = None
 
     def __getitem__(self, policy: str) -> Outcome:
         """The outcome of `policy` by name."""
@@ -140,6 +165,12 @@ class Comparison:
         """What the theory does not cover, each kind of note once, whatever the numbers in it."""
         every = (note for outcome in self.outcomes for note in outcome.notes if np.isfinite(outcome.theory))
         return tuple({re.sub(r"[\d.]+%?", "#", note): note for note in reversed(list(every))}.values())[::-1]
+
+    def ratio(self, outcome: Outcome) -> float:
+        """Mean end-to-end latency over the certified bound; NaN without one."""
+        if self.bound is None or outcome.simulated is None:
+            return float("nan")
+        return float(np.mean([report.e2e.mean for report in outcome.simulated.reports])) / self.bound.mean
 
     def difference(self, a: str, b: str, metric: str) -> Estimate:
         """Mean of `metric` of policy `a` minus that of `b`, paired by seed, with its interval."""
@@ -179,6 +210,8 @@ class Comparison:
             "classes": [c.name for c in self.scenario.workload.classes],
             "pools": [p.name for p in self.scenario.pools],
         }
+        if self.bound is not None:
+            head["bound"] = {"mean": self.bound.mean} | vars(self.bound)
         data: dict[str, Any] = plain(head | {"policies": [self._full(o) for o in self.outcomes]})
         return data
 
@@ -207,10 +240,13 @@ class Comparison:
 
     def _row(self, outcome: Outcome) -> dict[str, Any]:
         metrics = outcome.estimates(self.scenario.evaluation.confidence)
-        names = ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99", "slo", "goodput", "cost")
+        names: tuple[str, ...] = ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99", "slo", "goodput", "cost")
+        if self.bound is not None:
+            names = ("e2e_mean", "e2e_p99", "queue_max", "jain", "starved", "preemptions", *names)
         return (
             {"policy": outcome.policy, "fluid": outcome.fluid_verdict, "simulated": outcome.verdict}
             | {"margin": outcome.margin, "theory": outcome.theory}
+            | ({} if self.bound is None else {"ratio": self.ratio(outcome)})
             | {name: metrics[name].mean if name in metrics else float("nan") for name in names}
             | {"gap": outcome.gap}
             | {f"{key}_s": outcome.seconds.get(key, float("nan")) for key in ("plan", "run")}
@@ -228,6 +264,8 @@ class Comparison:
             "growing": outcome.growing,
             "gap": outcome.gap,
         }
+        if self.bound is not None:
+            row |= {"bound": self.bound.mean, "ratio": self.ratio(outcome), "clairvoyant": outcome.clairvoyant}
         for name, value in outcome.estimates(self.scenario.evaluation.confidence).items():
             row |= {name: value.mean, f"{name}_half": value.half}
         for j, pool in enumerate(self.scenario.pools):
@@ -248,6 +286,7 @@ class Comparison:
             "fractions": outcome.fractions,
             "load": outcome.load,
             "notes": outcome.notes,
+            **({} if self.bound is None else {"ratio": self.ratio(outcome), "clairvoyant": outcome.clairvoyant}),
             "solve": solve and {"gap": solve.gap} | {k: v for k, v in vars(solve).items() if k not in skip},
             "figures": outcome.plan and outcome.plan.figures,
             "fluid": fluid and _fluid_summary(fluid),

@@ -65,6 +65,7 @@ def evaluate_fluid(scenario: Scenario, plan: Plan, horizon: float | None = None)
         If the plan does not fit the scenario, or its rule returns no replica that can hold the request.
     """
     plan = check_plan(plan, scenario)
+    scenario = plan.batcher.served(scenario)
     span = scenario.evaluation.horizon if horizon is None else horizon
     cells = Cells.of(scenario, one_by_one=not isinstance(plan.router, Router))
     tank = _Tank(cells, spread_of(plan, scenario, cells))

@@ -20,11 +20,13 @@ from llmopt.evaluate.run import SimRun
 from llmopt.scenario import Pool, Scenario
 
 SECONDS_PER_HOUR = 3600.0
+STARVING = 10.0
+"""Mean end-to-end latencies after which a request that has never been admitted counts as starved."""
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Mean and quantiles in seconds over the requests that have the quantity; NaN if none has it.
+    """Mean, quantiles and maximum in seconds over the requests that have the quantity; NaN if none has it.
 
     `count` is the number of these requests: TPOT is not defined for a request of one output token.
     """
@@ -33,6 +35,7 @@ class Latency:
     p50: float
     p90: float
     p99: float
+    max: float
     count: int
 
     @classmethod
@@ -40,9 +43,9 @@ class Latency:
         """Quantiles of the finite entries of `values`, linear between order statistics."""
         known = values[np.isfinite(values)]
         if not len(known):
-            return cls(np.nan, np.nan, np.nan, np.nan, 0)
+            return cls(np.nan, np.nan, np.nan, np.nan, np.nan, 0)
         p50, p90, p99 = (float(q) for q in np.quantile(known, [0.5, 0.9, 0.99]))
-        return cls(float(known.mean()), p50, p90, p99, len(known))
+        return cls(float(known.mean()), p50, p90, p99, float(known.max()), len(known))
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,10 @@ class Report:
     requests: measured requests; slo: fraction of them that meet all their requirements (those without any do);
     goodput: requests/s completed that meet all their requirements; throughput: requests/s completed; tokens: output
     tokens/s of completed requests; cost: price of all replicas over that; preemptions: per measured request.
+
+    normalised: E2E per output token, s; jain: Jain's index of the speeds (output tokens over E2E), 1 if all requests
+    are served equally fast, 1 / n if one has everything; starved: fraction that waited for their first admission longer
+    than `STARVING` times the mean E2E.
     """
 
     seed: int
@@ -79,22 +86,25 @@ class Report:
     tpot: Latency
     e2e: Latency
     queue: Latency
+    normalised: Latency
     slo: float
     goodput: float
     throughput: float
     tokens: float
     cost: float
     preemptions: float
+    jain: float
+    starved: float
     pools: tuple[PoolUse, ...]
 
     @property
     def figures(self) -> Mapping[str, float]:
         """All scalar metrics by flat name, e.g. ``ttft_p99``."""
         flat: dict[str, float] = {}
-        for key in ("ttft", "tpot", "e2e", "queue"):
+        for key in ("ttft", "tpot", "e2e", "queue", "normalised"):
             latency: Latency = getattr(self, key)
-            flat |= {f"{key}_{q}": getattr(latency, q) for q in ("mean", "p50", "p90", "p99")}
-        for key in ("slo", "goodput", "throughput", "tokens", "cost", "preemptions"):
+            flat |= {f"{key}_{q}": getattr(latency, q) for q in ("mean", "p50", "p90", "p99", "max")}
+        for key in ("slo", "goodput", "throughput", "tokens", "cost", "preemptions", "jain", "starved"):
             flat[key] = getattr(self, key)
         return MappingProxyType(flat)
 
@@ -125,12 +135,15 @@ def measure(scenario: Scenario, run: SimRun, seed: int) -> Report:
         tpot=Latency.of(run.tpot[measured]),
         e2e=Latency.of(run.e2e[measured]),
         queue=Latency.of(run.queue_time[measured]),
+        normalised=Latency.of((run.e2e / run.requests.output)[measured]),
         slo=_mean(met[measured]),
         goodput=float((met & completed).sum()) / window,
         throughput=float(completed.sum()) / window,
         tokens=tokens,
         cost=_cost(scenario, tokens),
         preemptions=_mean(run.preemptions[measured]),
+        jain=jain_index((run.requests.output / run.e2e)[measured]),
+        starved=_mean(run.queue_time[measured] > STARVING * run.e2e[measured].mean()) if measured.any() else np.nan,
         pools=tuple(_pool_use(scenario, run, measured, j) for j in range(len(scenario.pools))),
     )
 
@@ -185,6 +198,14 @@ def paired_difference(a: Sequence[Report], b: Sequence[Report], metric: str, con
     """Estimate of `metric` of `a` minus that of `b`, seed by seed: common arrivals cancel most of the noise."""
     pairs = zip(a, b, strict=True)
     return estimate([one.figures[metric] - two.figures[metric] for one, two in pairs], confidence)
+
+
+def jain_index(shares: Floats) -> float:
+    """(sum x)^2 / (n sum x^2) of positive shares of shape (n,); NaN without any.
+
+    Source: Jain, Chiu, Hawe, "A quantitative measure of fairness", DEC-TR-301 (1984).
+    """
+    return float(shares.sum() ** 2 / (len(shares) * (shares**2).sum())) if len(shares) else float("nan")
 
 
 def _mean(values: NDArray[Any]) -> float:
