@@ -19,7 +19,7 @@ def halt_at(world: World, time: float) -> None:
 
 @compiled
 def halt(world: World, time: float, counts: Ints) -> None:
-    """End every step that ends by `time` and leave those under way; `counts` is waiting and running, (n_replicas, 2)."""
+    """End every step that ends by `time`, leave those under way; `counts` is waiting and running, (n_replicas, 2)."""
     for r in range(len(world.reps)):
         advance(world, r, time)
         counts[r, 0] = world.reps[r].waiting
