@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmopt.arrays import Ints
+from llmopt.evaluate.kernel_belief import output_of, sweep
 from llmopt.evaluate.kernel_glide import blocks_of
 from llmopt.evaluate.kernel_lists import next_due
 from llmopt.evaluate.kernel_types import NEVER, NONE, World, compiled
@@ -13,37 +14,52 @@ from llmopt.evaluate.kernel_types import NEVER, NONE, World, compiled
 
 @compiled
 def steps_to_wait(world: World, rep: Any, i: int) -> int:
-    """0 if candidate `i` fits to the end, else a number of steps before which it cannot fit.
+    """0 if candidate `i` fits to the end, as believed, else a number of steps before which it cannot fit.
 
     Memory in use grows between two ends, so it is enough to look at the steps in which some request ends, and at the
-    next one if blocks are freed too late for it.
+    next one if blocks are freed too late for it. What a schedule projects for a step count, every later one projects
+    too, unless a request ends earlier than believed. NEVER stands for the next end: who does not fit into the next
+    step beside requests that outlived their belief will not until one ends.
     """
-    reqs = world.reqs
     classes = world.scratch
     for k in range(rep.block):
         classes[k] = world.classes[rep.classes + k]
+    blocks = rep.blocks - (rep.kept if rep.running > 0 else 0)
     active = rep.gliding
     total = rep.kv + (rep.slots - rep.steps) * active
     t = rep.steps
     if rep.late_blocks > 0:
-        room = rep.blocks - rep.late_blocks - singles_at(world, rep, t + 1)
-        if room - gliders_at(classes, rep.block, active, total, t + 1) < candidate_at(rep, reqs[i], t + 1):
+        room = blocks - rep.late_blocks - singles_at(world, rep, t + 1)
+        if room - gliders_at(classes, rep.block, active, total, t + 1) < candidate_at(world, rep, i, t + 1):
             return 1
+    ring, mask, bits = rep.ring, rep.mask, rep.bits
+    if rep.guess:
+        sweep(world, rep)
+        ring, mask, bits = rep.near_ring, rep.near_mask, rep.near_bits
+        if rep.spent > 0:
+            room = blocks - singles_at(world, rep, t + 1)
+            if room - gliders_at(classes, rep.block, active, total, t + 1) < candidate_at(world, rep, i, t + 1):
+                return NEVER
+            active -= rep.spent
+            total -= rep.spent_tokens
+            for k in range(rep.block):
+                classes[k] -= world.classes[rep.spent_classes + k]
     while True:
-        due = next_due(world, rep, t) if active > 0 else NEVER
+        due = next_due(world, bits, mask, t) if active > 0 else NEVER
         t = min(due, next_single_end(world, rep, i, t))
         if t == NEVER:
             return 0
-        room = rep.blocks - singles_at(world, rep, t) - gliders_at(classes, rep.block, active, total, t)
-        if room < candidate_at(rep, reqs[i], t):
-            return delay(rep, reqs[i], t, room)
+        room = blocks - singles_at(world, rep, t) - gliders_at(classes, rep.block, active, total, t)
+        if room < candidate_at(world, rep, i, t):
+            return delay(rep, world.reqs[i], t, room)
         if t == due:
-            k = world.ring[rep.ring + (t & rep.mask)]
+            k = world.ring[ring + (t & mask)]
             while k != NONE:
+                tokens = world.reqs[k].offset + rep.slots
                 active -= 1
-                total -= reqs[k].offset + rep.slots
-                classes[(reqs[k].offset + rep.slots) % rep.block] -= 1
-                k = reqs[k].link_next
+                total -= tokens
+                classes[tokens % rep.block] -= 1
+                k = world.terms[k].near_next if rep.guess else world.reqs[k].link_next
 
 
 @compiled
@@ -64,19 +80,21 @@ def filling_steps(rep: Any, req: Any) -> int:
 
 
 @compiled
-def end_of(rep: Any, req: Any) -> int:
-    """Step count at which a single request will have ended."""
-    after = rep.steps + req.output - req.emitted
+def end_of(world: World, rep: Any, i: int) -> int:
+    """Step count at which a single request will have ended, as believed."""
+    req = world.reqs[i]
+    after = rep.steps + output_of(world, rep, i) - req.emitted
     if req.prefilling:
         return after + 1 + filling_steps(rep, req) - rep.first_step
     return after
 
 
 @compiled
-def candidate_at(rep: Any, req: Any, t: int) -> int:
+def candidate_at(world: World, rep: Any, i: int, t: int) -> int:
     """Blocks of a single request at step count `t`."""
-    if t > end_of(rep, req):
+    if t > end_of(world, rep, i):
         return 0
+    req = world.reqs[i]
     later = t - rep.steps - 1
     filling = filling_steps(rep, req)
     tokens = req.computed + req.taken
@@ -91,7 +109,7 @@ def singles_at(world: World, rep: Any, t: int) -> int:
     total = 0
     k = rep.single_head
     while k != NONE:
-        total += candidate_at(rep, world.reqs[k], t)
+        total += candidate_at(world, rep, k, t)
         k = world.reqs[k].link_next
     return total
 
@@ -100,12 +118,12 @@ def singles_at(world: World, rep: Any, t: int) -> int:
 def next_single_end(world: World, rep: Any, candidate: int, t: int) -> int:
     """The first end above `t` of a single request or the candidate, NEVER if there is none."""
     first = NEVER
-    end = end_of(rep, world.reqs[candidate])
+    end = end_of(world, rep, candidate)
     if end > t:
         first = end
     k = rep.single_head
     while k != NONE:
-        end = end_of(rep, world.reqs[k])
+        end = end_of(world, rep, k)
         if t < end < first:
             first = end
         k = world.reqs[k].link_next

@@ -56,9 +56,9 @@ def build_routing(scenario: Scenario, router: Router) -> Routing:
 
 
 @compiled
-def run(world: World, cls: Ints, u: Floats, routing: Routing) -> int:
-    """Play all requests to their end; returns NONE, or the number of a request that its replica can never hold."""
-    for i in range(len(cls)):
+def run(world: World, cls: Ints, u: Floats, routing: Routing, first: int, last: int) -> int:
+    """Route requests `first` to `last - 1` at their arrival; returns NONE, or one that its replica can never hold."""
+    for i in range(first, last):
         time = world.reqs[i].arrival
         r = route(world, time, cls[i], u[i], routing)
         if not can_hold(world, r, i):
@@ -66,7 +66,6 @@ def run(world: World, cls: Ints, u: Floats, routing: Routing) -> int:
         advance(world, r, time)
         routing.last[r] = i
         arrive(world, r, i, time)
-    drain(world)
     return NONE
 
 
