@@ -1,7 +1,7 @@
 """Seconds that the latency bound takes, and how far above it FIFO is: bundled loads, and rounds with all at 0.
 
-Loads are the scenario's own requests at a multiple of their rate, with full first-come-first-served engines behind a
-join-the-least-work router. Rounds are `llmopt.rounds.model_1` instances of n requests in a pool of unit steps.
+Loads are the scenario's own requests at a multiple of their rate; FIFO sends each to the replica with the fewest
+outstanding tokens. Rounds are `llmopt.rounds.model_1` instances of n requests in a pool of unit steps.
 
     python -m benchmarks.batching_bound [--requests 10000] [--large 0]
 """
@@ -34,9 +34,11 @@ def judged(what: str, scenario: Scenario, requests: Requests) -> None:
     begin = perf_counter()
     bound = latency_bound(scenario.pools, requests.arrival, requests.prompt, requests.output)
     seconds = perf_counter() - begin
+    kept = latency_bound(scenario.pools, requests.arrival, requests.prompt, requests.output, preemptive=False)
     print(
         f"{what:22} n = {len(requests):6}: FIFO {fifo:9.2f} s, bound {bound.mean:9.2f} s ({bound.argument}), "
-        f"FIFO / bound {fifo / bound.mean:6.2f}, {seconds:6.2f} s to compute",
+        f"FIFO / bound {fifo / bound.mean:6.2f}, {seconds:6.2f} s to compute; "
+        f"without preemption {kept.mean:9.2f} s",
         flush=True,
     )
 

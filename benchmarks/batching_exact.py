@@ -5,18 +5,25 @@ the latency of the schedule found; the gap is (latency - bound) / latency. Secon
 so that a busy machine changes little; a second thread looks for schedules meanwhile.
 
     python -m benchmarks.batching_exact [--quick] [--seeds 10] [--limit 60] [--large-limit 60]
+    python -m benchmarks.batching_exact --bounds [--sizes 10 15 20 40] [--seeds 2]
+
+The second form compares the relaxations, as shares of the best latency of a quarter of the limit.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+from itertools import product
 from time import thread_time
 
+from formulations.batching import TimeIndexed
 from formulations.batching_bounds import area_bound
-from formulations.batching_exact import ExactHindsight, Hindsight
+from formulations.batching_chain import ChainRelaxation, Multipliers, ascend
+from formulations.batching_exact import CLIMB, THEN, ExactHindsight, Hindsight, permitted
 from formulations.batching_start import mc_sf
 from llmopt.rounds import model_1
+from llmopt.solve import solve
 
 SMALL, LARGE = (10, 15, 20), (40, 50, 60)
 
@@ -38,6 +45,22 @@ def measured(n: int, seeds: int, limit: float) -> list[Hindsight]:
     return found
 
 
+def relaxations(n: int, seed: int, limit: float) -> str:
+    """One line with every bound as a share of the best latency found."""
+    instance = model_1(seed, n)
+    best = ExactHindsight(time_limit=limit, clock=thread_time).solve(instance)
+    shares = {"area": area_bound(instance)}
+    for name, cliques in (("LP", False), ("LP with (B8)", True)):
+        shares[name] = solve(TimeIndexed(cliques=cliques, relaxed=True).build(instance)).bound
+    at: Multipliers | None = None
+    for stage in (*CLIMB, THEN):
+        relaxation = ChainRelaxation(instance, permitted(instance, instance.horizon), *stage[:3])
+        at = relaxation.adapted(at) if at else relaxation.start()
+        value, at = ascend(relaxation, at, best.latency, stage.iterations, length=stage.step)
+        shares[f"chains of {stage.length}" + " with sawtooth" * stage.sawtooth] = value
+    return f"  n = {n}, seed {seed:2}: " + ", ".join(f"{k} {v / best.latency:.3f}" for k, v in shares.items())
+
+
 def summary(n: int, found: list[Hindsight], limit: float) -> str:
     gaps = [h.gap for h in found]
     closed = sum(gap == 0 for gap in gaps)
@@ -54,7 +77,12 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=60.0)
     parser.add_argument("--large-limit", type=float, default=60.0)
     parser.add_argument("--sizes", type=int, nargs="*", default=[*SMALL, *LARGE])
+    parser.add_argument("--bounds", action="store_true", help="compare relaxations instead")
     options = parser.parse_args()
+    if options.bounds:
+        for n, seed in product(options.sizes, range(options.seeds)):
+            print(relaxations(n, seed, options.limit / 4), flush=True)
+        return
     sizes, seeds, limit = ((10, 15), 2, 12.0) if options.quick else (options.sizes, options.seeds, options.limit)
     lines = []
     for n in sizes:

@@ -61,7 +61,7 @@ class Evaluation:
 
 @dataclass(frozen=True, eq=False)
 class ChainRelaxation:
-    """L(lambda, mu) of equation (B7) over completions that `allowed`, shape (n, T + 1), still permits.
+    """L of equation (B12), or (B7) without sawtooth, over completions that `allowed`, shape (n, T + 1), still permits.
 
     threshold: requests with a peak above this share of M are large; length: how many large completions in a row share
     memory, 3, or 4 for a tighter bound at a hundred times the work; sawtooth: whether memory is paid for by paths of

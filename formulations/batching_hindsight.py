@@ -39,9 +39,10 @@ class HindsightReplay:
     bound, and are replayed a step later.
 
     `Plan.bound` is the proven bound of the search if the pool restarts whoever loses memory (preemption = "restart").
-    Other pools may take memory away and keep the tokens, which the round model does not know; there it is the
-    memory-area bound or the grid relaxation, whichever is larger: they count token-rounds and hold for every rule. A
-    rule with an `overflow` of its own that keeps tokens on a pool that restarts is outside the first bound.
+    Other pools may take memory away and keep the tokens, which the round model does not know: rules that do can beat
+    the schedule itself, and there the bound is the memory-area bound or the grid relaxation, whichever is larger:
+    they count token-rounds and hold for every rule. A rule with an `overflow` of its own that keeps tokens on a pool
+    that restarts is outside the first bound.
 
     Source: the hindsight program of Jaillet et al., arXiv 2502.07115; the search is described in README.md, "Batching".
     Guarantee: no rule within the bound's reach has a smaller sum of end-to-end latencies.

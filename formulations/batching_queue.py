@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from llmopt.arrays import Floats, Ints
-from llmopt.batcher import Candidates, Snapshot
+from llmopt.batcher import Candidates, Ranking, Snapshot
 from llmopt.rounds import Rounds
 from llmopt.scenario import Pool, Scenario
 
 LEAST_PERIOD = 1e-3
+QUEUE = ("waiting", "arrival", "prompt", "predicted", "emitted")
+
+
+def by_number(snapshot: Snapshot) -> Snapshot:
+    """The snapshot with its waiting requests in order of their numbers, so that ties go to the earlier arrival."""
+    order = np.argsort(snapshot.waiting, kind="stable")
+    queue = (getattr(snapshot, name)[order] for name in QUEUE)
+    return snapshot._replace(**dict(zip(QUEUE, queue, strict=True)))
+
+
+def ranking(rule: Callable[[Snapshot], Ints]) -> Ranking:
+    """Keys of waiting requests by a rule that puts them into an order, however the snapshot lists them."""
+
+    def rank(snapshot: Snapshot) -> Floats:
+        """Keys of the waiting requests, shape (w,)."""
+        sorted_ = by_number(snapshot)
+        keys = np.empty(len(snapshot.waiting))
+        keys[np.argsort(snapshot.waiting, kind="stable")] = keys_of(rule(sorted_), waiting_rounds(sorted_).volume)
+        return keys
+
+    return rank
 
 
 def waiting_rounds(snapshot: Snapshot) -> Rounds:

@@ -9,9 +9,9 @@ from itertools import permutations
 import numpy as np
 
 from formulations.batching_grid import GridRelaxation, mean_starts
-from formulations.batching_queue import keys_of, period, running_rounds, volumes, waiting_rounds
+from formulations.batching_queue import period, ranking, running_rounds, volumes, waiting_rounds
 from formulations.batching_sorted import order_by_f
-from llmopt.arrays import Floats, Ints
+from llmopt.arrays import Ints
 from llmopt.batcher import Batcher, Replan, Snapshot
 from llmopt.plan import Plan
 from llmopt.rounds import Rounds
@@ -44,14 +44,13 @@ class RollingHorizon:
     def plan(self, scenario: Scenario) -> Plan:
         """Look-ahead admission along the keys; between two plans newcomers are placed by their believed volume."""
         every = period(scenario, self.steps, self.plans)
-        batcher = Batcher(volumes, admission="lookahead", replan=Replan(every, rank))
+        batcher = Batcher(volumes, admission="lookahead", replan=Replan(every, ranking(planned)))
         return Plan(self.name, batcher=batcher, figures={"plans_every_s": every})
 
 
-def rank(snapshot: Snapshot) -> Floats:
-    """Keys of the waiting requests by the best order found, shape (w,)."""
-    waiting, running = waiting_rounds(snapshot), running_rounds(snapshot)
-    return keys_of(best_order(waiting, running, snapshot.pool.max_batch), waiting.volume)
+def planned(snapshot: Snapshot) -> Ints:
+    """The best order found of the waiting requests, shape (w,)."""
+    return best_order(waiting_rounds(snapshot), running_rounds(snapshot), snapshot.pool.max_batch)
 
 
 def best_order(waiting: Rounds, running: Rounds, most: int) -> Ints:

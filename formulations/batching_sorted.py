@@ -13,9 +13,9 @@ from typing import ClassVar
 import numpy as np
 
 from formulations.batching_grid import GridRelaxation, mean_starts
-from formulations.batching_queue import all_rounds, keys_of, period, volumes, waiting_rounds
+from formulations.batching_queue import all_rounds, keys_of, period, ranking, volumes, waiting_rounds
 from llmopt.arrays import Floats, Ints
-from llmopt.batcher import Batcher, Candidates, Replan, Snapshot
+from llmopt.batcher import Batcher, Candidates, Replan
 from llmopt.plan import Plan
 from llmopt.rounds import Rounds
 from llmopt.scenario import Scenario
@@ -84,17 +84,12 @@ class _Sorted:
                 self.name, batcher=Batcher(_beforehand(rule, scenario), admission="lookahead", clairvoyant=True)
             )
         every = period(scenario, self.steps, self.plans)
-        batcher = Batcher(volumes, admission="lookahead", replan=Replan(every, _ranking(rule)))
+        batcher = Batcher(
+            volumes,
+            admission="lookahead",
+            replan=Replan(every, ranking(lambda now: rule(waiting_rounds(now), now.pool.max_batch))),
+        )
         return Plan(self.name, batcher=batcher, figures={"plans_every_s": every})
-
-
-def _ranking(rule: Order) -> Callable[[Snapshot], Floats]:
-    def rank(snapshot: Snapshot) -> Floats:
-        """Keys of the waiting requests, shape (w,)."""
-        waiting = waiting_rounds(snapshot)
-        return keys_of(rule(waiting, snapshot.pool.max_batch), waiting.volume)
-
-    return rank
 
 
 def _beforehand(rule: Order, scenario: Scenario) -> Callable[[Candidates], Floats]:

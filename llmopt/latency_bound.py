@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from typing import Literal
 
@@ -51,7 +52,9 @@ class LatencyBound:
     reason: str = ""
 
 
-def latency_bound(pools: Sequence[Pool], arrival: Floats, prompt: Ints, output: Ints) -> LatencyBound:
+def latency_bound(
+    pools: Sequence[Pool], arrival: Floats, prompt: Ints, output: Ints, *, preemptive: bool = True
+) -> LatencyBound:
     """Bound the latency of every batching rule, and of every routing, for requests on `pools`.
 
     Parameters
@@ -60,6 +63,8 @@ def latency_bound(pools: Sequence[Pool], arrival: Floats, prompt: Ints, output: 
         Pools with max-affine step times; each request runs on any one replica that can hold it.
     arrival, prompt, output
         Arrival times (s, ascending) and lengths (tokens, at least 1), shape (n,).
+    preemptive
+        False for a bound, often a higher one, on rules that let no request lose its cache once it is admitted.
 
     Raises
     ------
@@ -76,7 +81,7 @@ def latency_bound(pools: Sequence[Pool], arrival: Floats, prompt: Ints, output: 
     if n == 0:
         return LatencyBound(0.0, 0.0, 0, "alone")
     tick = _tick(pools, arrival)
-    load = _Load(tuple(PoolWork(pool, prompt, output, tick > 0) for pool in pools), arrival)
+    load = _Load(tuple(PoolWork(pool, prompt, output, tick > 0, preemptive) for pool in pools), arrival)
     alone = LatencyBound(0.0, float(load.alone.sum()), n, "alone")
     best = max((alone, _order(load, tick), _price(load)), key=lambda bound: bound.total)
     total = best.total * (1 - ROUNDING)
@@ -162,11 +167,10 @@ def _pieces(count: int) -> Iterator[Floats]:
             yield mix * b + (1 - mix) * a
 
 
-def _tuned(load: _Load, of_base: Floats, value: Callable[[tuple[Share, ...], Floats], float]) -> _Chosen:
-    """Climb from the shares by equal pieces: one pool's share at a time, or what its replicas count."""
+def _tuned(load: _Load, of_base: Floats, scale: Floats, value: Callable[[tuple[Share, ...], Floats], float]) -> _Chosen:
+    """Climb from `scale` and the shares by equal pieces: one pool's share at a time, or what its replicas count."""
     options = [[Share(p, r) for p in _pieces(len(w.base)) for r in of_base] for w in load.works]
-    first = [Share(np.full(len(w.base), 1 / len(w.base)), of_base[0]) for w in load.works]
-    best = _Chosen(tuple(first), _equal_load(load, first))
+    best = _Chosen(_even(load, of_base[0]), scale)
     best = replace(best, value=value(best.shares, best.scale))
     for _ in range(SWEEPS):
         before = best.value
@@ -180,11 +184,15 @@ def _tuned(load: _Load, of_base: Floats, value: Callable[[tuple[Share, ...], Flo
     return best
 
 
-def _equal_load(load: _Load, shares: Sequence[Share]) -> Floats:
+def _even(load: _Load, of_base: Floats) -> tuple[Share, ...]:
+    """Shares in which all pieces count the same."""
+    return tuple(Share(np.full(len(w.base), 1 / len(w.base)), of_base) for w in load.works)
+
+
+def _equal_load(load: _Load) -> Floats:
     """What a replica of each pool counts so that the requests that fit everywhere cost the same on all, (n_pools,)."""
-    by_caps = [Share(share.pieces, np.array([0.25, 0.5, 0.25, 0.0])) for share in shares]
     everywhere = np.logical_and.reduce([work.fits for work in load.works])
-    rows = [work.row(share)[0] for work, share in _zip(load, by_caps)]
+    rows = [w.row(share)[0] for w, share in _zip(load, _even(load, np.array([0.25, 0.5, 0.25, 0.0])))]
     sums = [float(row[everywhere].sum()) for row in rows]
     return np.array([sums[0] / x if min(x, sums[0]) > 0 else 1.0 for x in sums])
 
@@ -211,7 +219,7 @@ def _order(load: _Load, tick: float) -> LatencyBound:
         span = float(load.rows(shares, scale)[0].sum()) / load.speed(scale)
         return _served(load, shares, scale, tick)[0] + HINT * span
 
-    best = _tuned(load, np.eye(4)[:3], value)
+    best = _tuned(load, np.eye(4)[:3], _equal_load(load), value)
     total, counted = _served(load, best.shares, best.scale, tick)
     return LatencyBound(0.0, total, len(load.arrival), "order", load.names(best.shares), counted)
 
@@ -260,25 +268,35 @@ def _price(load: _Load) -> LatencyBound:
         return max(tried)[0]
 
     rest = np.array([[0.0, 0, 0, 1], [0.5, 0, 0, 0.5], [0, 0.5, 0, 0.5], [0, 0, 0.5, 0.5]])
-    equal = [Share(np.full(len(w.base), 1 / len(w.base)), rest[0]) for w in load.works]
-    state["price"], state["tail"] = _peak(
-        lambda p, t: flat(tuple(equal), _equal_load(load, equal), p, t), tails, len(alone)
-    )
-    best = _tuned(load, rest, value)
-    price, tail = _peak(lambda p, t: flat(best.shares, best.scale, p, t), tails, len(alone))
+    even = _even(load, rest[0])
+    chosen = []
+    for scale in _fastest(load):
+        _, state["price"], state["tail"] = _peak(partial(flat, even, scale), tails, len(alone))
+        best = _tuned(load, rest, scale, value)
+        chosen.append((*_peak(partial(flat, best.shares, best.scale), tails, len(alone)), best))
+    _, price, tail, best = max(chosen, key=lambda found: found[0])
     phi = np.stack([alone, *(level(best.shares, best.scale, price * f) for f in LEVELS)])
     prices = np.concatenate([[0.0], price * LEVELS])
     total, counted = _in_blocks(load, best, phi, prices, tail)
     return LatencyBound(0.0, total, len(alone), "price", load.names(best.shares), counted)
 
 
-def _peak(flat: Callable[[float, float], float], tails: Floats, largest: float) -> tuple[float, float]:
-    """The best price in [1/100, largest] and tail."""
+def _fastest(load: _Load) -> Iterator[Floats]:
+    """What replicas count if only those of the fastest pools do, for any number of pools; shape (n_pools,) each.
+
+    Time of slow replicas that nobody needs is free; who runs there takes as long as alone there at least.
+    """
+    means = np.array([float(w.solo[w.fits].mean()) if w.fits.any() else np.inf for w in load.works])
+    for slowest in np.sort(means):
+        yield np.where(means <= slowest, _equal_load(load), 0.0)
+
+
+def _peak(flat: Callable[[float, float], float], tails: Floats, largest: float) -> tuple[float, float, float]:
+    """The best value over prices in [1/100, largest] and tails, with its price and tail."""
     prices = np.geomspace(0.01, max(largest, 1.0), 24)
-    _, price, tail = max((flat(p, t), p, t) for p in prices.tolist() for t in tails[::3].tolist())
+    _, price, _ = max((flat(p, t), p, t) for p in prices.tolist() for t in tails[::3].tolist())
     fine = [price * f for f in (0.75, 0.85, 1.0, 1.15, 1.3)]
-    _, price, tail = max((flat(p, t), p, t) for p in fine for t in tails.tolist())
-    return price, tail
+    return max((flat(p, t), p, t) for p in fine for t in tails.tolist())
 
 
 def _in_blocks(load: _Load, chosen: _Chosen, phi: Floats, prices: Floats, tail: float) -> tuple[float, int]:

@@ -52,12 +52,14 @@ class PoolWork:
     """Requests of `prompt` and `output` tokens, shape (n,), on a replica of `pool`.
 
     grid: whether all steps take the same time and begin at its multiples; then work counts at the end of its step.
+    preemptive: whether requests may lose their cache and be prefilled again.
     """
 
     pool: Pool
     prompt: Ints
     output: Ints
     grid: bool = False
+    preemptive: bool = True
     base: Floats = field(init=False)
     fits: Bools = field(init=False)
     solo: Floats = field(init=False)
@@ -70,7 +72,7 @@ class PoolWork:
         put(self, "base", self.pool.stepper.coefficients[:, 0])
         put(self, "fits", self.prompt + self.output <= self.pool.largest)
         put(self, "_prefill", _prefills(self.pool, self.prompt))
-        put(self, "_ways", _emissions(self.pool, int((self.prompt + self.output).max(initial=0))))
+        put(self, "_ways", _emissions(self.pool, int((self.prompt + self.output).max(initial=0)), self.preemptive))
         put(self, "_hours", _sums(np.minimum.reduce([way.least for way in self._ways])))
         put(self, "solo", self._prefill.least + self._over(self._hours))
 
@@ -143,7 +145,7 @@ def _prefills(pool: Pool, prompt: Ints) -> _Phase:
     return _Phase(steps, (steps[:, None] * pool.stepper.coefficients[:, 0] + work).max(axis=1), work, used)
 
 
-def _emissions(pool: Pool, most: int) -> tuple[_Phase, ...]:
+def _emissions(pool: Pool, most: int, preemptive: bool) -> tuple[_Phase, ...]:
     """The ways to emit a token from a context of c = 0, 1, ..., most - 1 tokens.
 
     Besides the decode step, an engine that drops the cache of a preempted request may prefill its tokens again, and
@@ -154,7 +156,7 @@ def _emissions(pool: Pool, most: int) -> tuple[_Phase, ...]:
     blocks = np.ceil((c + 1 + pool.lookahead_slots) / pool.block_size) * pool.block_size
     zero, one = np.zeros(most), np.ones(most)
     decode = _phase(pool, np.column_stack([zero, one, c, zero]), np.column_stack([blocks, one, one]))
-    if not pool.first_step or pool.preemption not in ("recompute", "lookahead"):
+    if not preemptive or not pool.first_step or pool.preemption not in ("recompute", "lookahead"):
         return (decode,)
     m = one if pool.prefix_caching else c + 1
     pairs = m * (c + 1 - m) + m * m / 2

@@ -108,7 +108,7 @@ def test_no_rule_beats_the_certificate_of_a_pool_that_restarts() -> None:
 
 def test_no_rule_beats_the_certificate_of_a_pool_that_computes_again() -> None:
     rng = np.random.default_rng(32)
-    for _ in range(6):
+    for _ in range(3):
         instance = small(rng)
         at, requests = in_rounds(instance.capacity, preemption="recompute"), arrived(instance)
         bound = planned("hindsight", at).bound

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from formulations.batching import TimeIndexed
 from formulations.batching_grid import GridRelaxation, kinds, mean_starts
 from formulations.batching_queue import all_rounds, full_step, keys_of, period, running_rounds, volumes, waiting_rounds
-from formulations.batching_rolling import best_order, by_start, queue_latency
-from formulations.batching_rolling import rank as rolling_rank
+from formulations.batching_rolling import RollingHorizon, best_order, by_start, queue_latency
 from formulations.batching_rules import AMax, AMin, McSf
 from formulations.batching_sorted import LpSwap, SortedF, SortedLp, order_by_f, order_by_start, order_by_swaps
 from formulations.batching_start import admitted
@@ -296,12 +295,26 @@ def test_many_waiting_requests_are_never_ranked_worse_than_by_the_simple_rules()
 
 def test_the_rolling_horizon_puts_the_long_prompt_of_the_second_hand_instance_last() -> None:
     # shortest first would serve the prompt of 17 tokens first and make six others wait
-    keys = rolling_rank(snapshot([(17, 1, 0)] + [(1, 2, 0)] * 5, capacity=20))
+    rank = RollingHorizon().plan(rounds_scenario(40)).batcher.replan.rank
+    keys = rank(snapshot([(17, 1, 0)] + [(1, 2, 0)] * 5, capacity=20))
     assert keys.argmax() == 0
-    assert rolling_rank(snapshot([])).shape == (0,)
+    assert rank(snapshot([])).shape == (0,)
 
 
-@pytest.mark.parametrize("policy", [SortedF(), SortedLp(), LpSwap()])
+@pytest.mark.parametrize("policy", [SortedF(), SortedLp(), LpSwap(), RollingHorizon()])
+def test_rankings_do_not_depend_on_the_order_of_the_snapshot(policy) -> None:
+    rank = policy.plan(rounds_scenario(40)).batcher.replan.rank
+    now = snapshot([(3, 4, 0), (3, 4, 0), (9, 2, 1), (3, 4, 0), (1, 9, 0), (3, 4, 0), (2, 2, 0), (2, 2, 0)])
+    keys = rank(now)
+    assert np.unique(keys).size == 8
+    assert (np.diff(keys[[0, 1, 3, 5]]) > 0).all()
+    mixed = np.random.default_rng(1).permutation(8)
+    queue = ("waiting", "arrival", "prompt", "predicted", "emitted")
+    other = now._replace(**{name: getattr(now, name)[mixed] for name in queue})
+    assert np.array_equal(rank(other), keys[mixed])
+
+
+@pytest.mark.parametrize("policy", [SortedF(), SortedLp(), LpSwap(), RollingHorizon()])
 def test_rankings_take_a_queue_of_any_length(policy) -> None:
     rank = policy.plan(rounds_scenario(40)).batcher.replan.rank
     assert rank(snapshot([])).shape == (0,)

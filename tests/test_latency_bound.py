@@ -120,6 +120,9 @@ def test_no_run_of_the_simulator_is_below_the_bound(data: st.DataObject) -> None
     plan = Plan("drawn", index_router(scenario, waiting=data.draw(st.sampled_from([0.0, 1.0])), kv_tokens=1.0))
     run = simulate(scenario, plan, requests=sample, core="python")
     assert bounded(scenario.pools, sample).mean <= run.e2e.mean() + 1e-9
+    lengths = (sample.prompt, sample.output)
+    if not run.preemptions.any():
+        assert latency_bound(scenario.pools, sample.arrival, *lengths, preemptive=False).mean <= run.e2e.mean() + 1e-9
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -141,6 +144,16 @@ def test_nor_is_one_that_prefills_again_and_again(data: st.DataObject) -> None:
     run = simulate(scenario, Plan("only", index_router(scenario)), requests=sample, core="python")
     assume(run.preemptions.sum() > 0)
     assert bounded(scenario.pools, sample).mean <= run.e2e.mean() + 1e-9
+
+
+def test_rules_that_never_preempt_have_a_higher_bound() -> None:
+    """Found in a cache, a preempted request emits for a token of prefill on a piece that charges only for reading."""
+    pool = pool_of(step_time=[{"base": 0.01, "kv": 1e-5}], prefix_caching=True)
+    sample = sample_of(np.zeros(50), np.full(50, 20), np.full(50, 40))
+    kept = latency_bound([pool], sample.arrival, sample.prompt, sample.output, preemptive=False)
+    swapped = pool_of(step_time=[{"base": 0.01, "kv": 1e-5}], preemption="swap")
+    assert bounded([pool], sample).total < 0.95 * kept.total
+    assert kept.total == pytest.approx(bounded([swapped], sample).total)
 
 
 @pytest.mark.parametrize("mode", ["reserve", "swap"])
