@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmopt.arrays import Ints
 from llmopt.evaluate.kernel_belief import output_of, sweep
 from llmopt.evaluate.kernel_glide import blocks_of
 from llmopt.evaluate.kernel_lists import next_due
@@ -21,16 +20,16 @@ def steps_to_wait(world: World, rep: Any, i: int) -> int:
     too, unless a request ends earlier than believed. NEVER stands for the next end: who does not fit into the next
     step beside requests that outlived their belief will not until one ends.
     """
-    classes = world.scratch
+    classes, own = world.classes, rep.scratch
     for k in range(rep.block):
-        classes[k] = world.classes[rep.classes + k]
+        classes[own + k] = classes[rep.classes + k]
     blocks = rep.blocks - (rep.kept if rep.running > 0 else 0)
     active = rep.gliding
     total = rep.kv + (rep.slots - rep.steps) * active
     t = rep.steps
     if rep.late_blocks > 0:
         room = blocks - rep.late_blocks - singles_at(world, rep, t + 1)
-        if room - gliders_at(classes, rep.block, active, total, t + 1) < candidate_at(world, rep, i, t + 1):
+        if room - gliders_at(world, rep, active, total, t + 1) < candidate_at(world, rep, i, t + 1):
             return 1
     ring, mask, bits = rep.ring, rep.mask, rep.bits
     if rep.guess:
@@ -38,18 +37,18 @@ def steps_to_wait(world: World, rep: Any, i: int) -> int:
         ring, mask, bits = rep.near_ring, rep.near_mask, rep.near_bits
         if rep.spent > 0:
             room = blocks - singles_at(world, rep, t + 1)
-            if room - gliders_at(classes, rep.block, active, total, t + 1) < candidate_at(world, rep, i, t + 1):
+            if room - gliders_at(world, rep, active, total, t + 1) < candidate_at(world, rep, i, t + 1):
                 return NEVER
             active -= rep.spent
             total -= rep.spent_tokens
             for k in range(rep.block):
-                classes[k] -= world.classes[rep.spent_classes + k]
+                classes[own + k] -= classes[rep.spent_classes + k]
     while True:
         due = next_due(world, bits, mask, t) if active > 0 else NEVER
         t = min(due, next_single_end(world, rep, i, t))
         if t == NEVER:
             return 0
-        room = blocks - singles_at(world, rep, t) - gliders_at(classes, rep.block, active, total, t)
+        room = blocks - singles_at(world, rep, t) - gliders_at(world, rep, active, total, t)
         if room < candidate_at(world, rep, i, t):
             return delay(rep, world.reqs[i], t, room)
         if t == due:
@@ -58,19 +57,19 @@ def steps_to_wait(world: World, rep: Any, i: int) -> int:
                 tokens = world.reqs[k].offset + rep.slots
                 active -= 1
                 total -= tokens
-                classes[tokens % rep.block] -= 1
+                classes[own + tokens % rep.block] -= 1
                 k = world.terms[k].near_next if rep.guess else world.reqs[k].link_next
 
 
 @compiled
-def gliders_at(classes: Ints, block: int, active: int, total: int, t: int) -> int:
+def gliders_at(world: World, rep: Any, active: int, total: int, t: int) -> int:
     """Blocks of the gliding requests still there at step count `t`: the sum of ceil((offset + slots + t) / block)."""
     tokens = total + active * t
-    if block == 1:
+    if rep.block == 1:
         return tokens
-    for k in range(block):
-        tokens += classes[k] * (-(k + t) % block)
-    return tokens // block
+    for k in range(rep.block):
+        tokens += world.classes[rep.scratch + k] * (-(k + t) % rep.block)
+    return tokens // rep.block
 
 
 @compiled

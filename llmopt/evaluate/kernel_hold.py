@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-any-return"
 """Thresholds and levels: who is held back until enough of a kind are together, and who sinks (compiled).
 
-A replica's part of `gates` has five rows: the counts; in each step, how many of each class or segment may still move;
-whether it is open; how many requests of each class wait; and the marks, which are numbers of output tokens: the edges
-between segments, or where a request sinks to the next level.
+A replica's numbers, in `classes` from `gates` on, are five rows: the counts; in each step, how many of each class or
+segment may still move; whether it is open; how many requests of each class wait; and the marks, which are numbers of
+output tokens: the edges between segments, or where a request sinks to the next level.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def rank(world: World, rep: Any, emitted: int) -> int:
     """Number of the segment or level, from 0 on, of a request that has emitted so many tokens."""
     first = rep.gates + 4 * rep.counts
     k = 0
-    while k < rep.marks and world.gates[first + k] <= emitted:
+    while k < rep.marks and world.classes[first + k] <= emitted:
         k += 1
     return k
 
@@ -26,20 +26,20 @@ def rank(world: World, rep: Any, emitted: int) -> int:
 @compiled
 def at_first_stage(world: World, rep: Any, k: int, emitted: int) -> bool:
     """Whether a decode request of segment k has just entered it; the first segment is entered from the queue."""
-    return k > 0 and world.gates[rep.gates + 4 * rep.counts + k - 1] == emitted
+    return k > 0 and world.classes[rep.gates + 4 * rep.counts + k - 1] == emitted
 
 
 @compiled
 def count_in(world: World, rep: Any, i: int, more: int) -> None:
     """Count a request that joins the waiting ones of its class, or (-1) leaves them."""
     if rep.gating == BY_CLASS:
-        world.gates[rep.gates + 3 * rep.counts + world.terms[i].cls] += more
+        world.classes[rep.gates + 3 * rep.counts + world.terms[i].cls] += more
 
 
 @compiled
 def open_gates(world: World, rep: Any) -> None:
     """Decide which classes or segments move in the step that starts."""
-    gates, n = world.gates, rep.counts
+    gates, n = world.classes, rep.counts
     room, is_open, waits = rep.gates + n, rep.gates + 2 * n, rep.gates + 3 * n
     if rep.gating == BY_STAGE:
         count_stages(world, rep)
@@ -55,7 +55,7 @@ def open_gates(world: World, rep: Any) -> None:
 @compiled
 def count_stages(world: World, rep: Any) -> None:
     """Count the requests that wait before each segment: in the queue before the first, else at its first stage."""
-    gates, n = world.gates, rep.counts
+    gates, n = world.classes, rep.counts
     waits = rep.gates + 3 * n
     gates[waits] = rep.waiting
     for k in range(1, n):
@@ -76,13 +76,13 @@ def moves(world: World, rep: Any, i: int) -> bool:
     req = world.reqs[i]
     is_open = rep.gates + 2 * rep.counts
     if rep.gating == BY_CLASS:
-        return world.gates[is_open + world.terms[i].cls] == 1
+        return world.classes[is_open + world.terms[i].cls] == 1
     if rep.gating == BY_LEVEL or req.prefilling:
         return True
     k = rank(world, rep, req.emitted)
     if at_first_stage(world, rep, k, req.emitted):
         return take_turn(world, rep, k)
-    return world.gates[is_open + k] == 1
+    return world.classes[is_open + k] == 1
 
 
 @compiled
@@ -97,9 +97,9 @@ def called(world: World, rep: Any, i: int) -> bool:
 @compiled
 def take_turn(world: World, rep: Any, k: int) -> bool:
     """Use one of the moves that are left to a class or segment in this step."""
-    if world.gates[rep.gates + rep.counts + k] == 0:
+    if world.classes[rep.gates + rep.counts + k] == 0:
         return False
-    world.gates[rep.gates + rep.counts + k] -= 1
+    world.classes[rep.gates + rep.counts + k] -= 1
     return True
 
 
@@ -110,7 +110,7 @@ def anybody_called(world: World, rep: Any) -> bool:
         return True
     left = 0
     for k in range(rep.counts if rep.gating == BY_CLASS else 1):
-        left = max(left, world.gates[rep.gates + rep.counts + k])
+        left = max(left, world.classes[rep.gates + rep.counts + k])
     return left > 0
 
 

@@ -86,7 +86,7 @@ REPLICA = np.dtype(
         # 1 if schedules are formed one step ahead; 1 if a preempted request may find its blocks again
         *((name, "i8") for name in ("ahead", "caching")),
         # where this replica's part of the flat arrays starts (table: NONE without one); the ring's size is mask + 1
-        *((name, "i8") for name in ("ring", "mask", "bits", "classes", "table")),
+        *((name, "i8") for name in ("ring", "mask", "bits", "classes", "scratch", "table")),
         # the rule: 1 if there is one; 1 if the queue is a heap; 1 if beliefs count and may err; blocks kept free
         *((name, "i8") for name in ("ruled", "heap", "guess", "order", "victims", "skips", "kept")),
         # requests put to the front so far, rounds of clearing, the request preempted too often
@@ -96,7 +96,7 @@ REPLICA = np.dtype(
         *((name, "i8") for name in ("spent", "spent_tokens", "spent_classes")),
         ("clearing", "f8"),
         # rules in which running requests may pause: whether this is one, who moves, whether prompts are never cut, what
-        # is held back, whether that has ended; where the numbers for it start in `gates`, how many counts and marks
+        # is held back, whether that has ended; where the numbers for it start in `classes`, counts and marks
         *((name, "i8") for name in ("stepwise", "mixing", "whole", "gating", "flush", "gates", "counts", "marks")),
         # when a waiting request is released; do not end a step after `halt`; seconds of the step that would have
         *((name, "f8") for name in ("wake", "halt", "pending")),
@@ -137,8 +137,8 @@ class World(NamedTuple):
     terms: what the batching rule says of each request; costs: step times, first all pieces, five numbers each, then all
     tables (see `kernel_table`); ring: first request of the bucket of each finishing step; bits: which buckets are
     filled; classes: how many gliding requests have (offset + slots) mod block = k, so that one look tells the new
-    blocks of a step; scratch: room for one replica's classes; gates: thresholds, see `kernel_hold`. They are few
-    because every call hands all of them over.
+    blocks of a step, behind them room for one replica's, and the thresholds of `kernel_hold`. They are few because
+    every call hands all of them over.
     """
 
     reqs: Table
@@ -148,8 +148,6 @@ class World(NamedTuple):
     ring: NDArray[np.int32]
     bits: Ints
     classes: Ints
-    scratch: Ints
-    gates: Ints
 
 
 # _nrt: kernels allocate nothing and borrow all arrays, so they do without reference counts, which are atomic and took

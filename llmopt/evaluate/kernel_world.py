@@ -52,6 +52,8 @@ def build_world(pools: Sequence[Pool], requests: Requests, rules: Rules) -> Worl
         reps["near_mask"], reps["near_ring"] = size - 1, slots + size * np.arange(len(reps))
         reps["spent_classes"] = classes + reps["classes"]
         slots, classes = slots + size * len(reps), 2 * classes
+    reps["scratch"] = classes
+    counters = classes + int(reps["block"].max())
     for name in ("", "near_"):
         reps[f"{name}bits"] = reps[f"{name}ring"] // WORD
     return World(
@@ -61,9 +63,7 @@ def build_world(pools: Sequence[Pool], requests: Requests, rules: Rules) -> Worl
         costs=_costs(pools, reps),
         ring=np.full(slots, NONE, np.int32),
         bits=np.zeros(slots // WORD, np.int64),
-        classes=np.zeros(classes, np.int64),
-        scratch=np.zeros(int(reps["block"].max()), np.int64),
-        gates=_gates(rules.batcher, reps),
+        classes=np.concatenate([np.zeros(counters, np.int64), _gates(rules.batcher, reps, counters)]),
     )
 
 
@@ -97,8 +97,8 @@ def _rule(reps: Table, requests: Requests, rules: Rules) -> None:
         reps[name] = NONE
 
 
-def _gates(batcher: Batcher, reps: Table) -> Ints:
-    """The numbers of a rule that holds back, with room to work in; sets what makes running requests pause."""
+def _gates(batcher: Batcher, reps: Table, first: int) -> Ints:
+    """The numbers of a rule that holds back, placed from `first` on; sets what makes running requests pause."""
     hold, whole = batcher.hold, batcher.mixing in ("prefill-only", "decode-only")
     counts, marks = (hold.counts, hold.edges) if hold else ((), batcher.levels)
     gating = GATINGS[hold.by] if hold else BY_LEVEL if marks else UNGATED
@@ -107,7 +107,7 @@ def _gates(batcher: Batcher, reps: Table) -> Ints:
     if whole:
         reps["chunk"] = reps["budget"]
     numbers = [*counts, *(0 for _ in range(3 * len(counts))), *marks]
-    reps["gates"] = len(numbers) * np.arange(len(reps))
+    reps["gates"] = first + len(numbers) * np.arange(len(reps))
     return np.tile(np.array(numbers, np.int64), len(reps))
 
 
