@@ -9,6 +9,7 @@ from typing import Any
 from llmopt.evaluate.kernel_ahead import steps_to_wait
 from llmopt.evaluate.kernel_cache import find_blocks
 from llmopt.evaluate.kernel_glide import held_by, peak_of, start_gliding
+from llmopt.evaluate.kernel_hold import count_in
 from llmopt.evaluate.kernel_lists import join_batch, join_singles
 from llmopt.evaluate.kernel_queue import pop, push
 from llmopt.evaluate.kernel_types import LOOKAHEAD, NEVER, NONE, World, compiled, inlined
@@ -27,6 +28,8 @@ def refused_until(world: World, rep: Any, i: int) -> int:
     NEVER stands for the next end of a request.
     """
     req = world.reqs[i]
+    if rep.whole and req.computed + req.taken < req.target:
+        return NEVER
     if rep.mode == LOOKAHEAD:
         wait = steps_to_wait(world, rep, i)
         if wait > 0:
@@ -54,7 +57,11 @@ def enter(world: World, rep: Any, i: int, left: int) -> int:
         rep.peaks += peak_of(world, rep, i)
     if math.isnan(req.scheduled):
         req.scheduled = rep.clock
-    if req.prefilling or math.isnan(req.first_token):
+    if rep.counts > 0:
+        count_in(world, rep, i, -1)
+    if rep.stepwise:
+        world.terms[i].served = rep.steps + 1
+    if rep.stepwise or req.prefilling or math.isnan(req.first_token):
         join_singles(world, rep, i)
         rep.single_kv += req.computed
     else:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from llmopt.arrays import Floats, Ints
+from llmopt.evaluate.kernel_hold import count_in, rank
 from llmopt.evaluate.kernel_lists import queue, requeue
-from llmopt.evaluate.kernel_types import ARRIVAL, NONE, PREDICTED, World, compiled
+from llmopt.evaluate.kernel_types import ARRIVAL, BY_LEVEL, NONE, PREDICTED, World, compiled
 
 
 @compiled
@@ -28,6 +29,8 @@ def join_queue(world: World, rep: Any, i: int) -> None:
     if not rep.heap:
         queue(world, rep, i)
         return
+    if rep.counts > 0:
+        count_in(world, rep, i, 1)
     if rep.order == PREDICTED:
         term.key = term.believed
     push(world, rep, i)
@@ -41,7 +44,11 @@ def rejoin_queue(world: World, rep: Any, i: int) -> None:
     if not rep.heap:
         requeue(world, rep, i)
         return
-    if rep.order == ARRIVAL:
+    if rep.counts > 0:
+        count_in(world, rep, i, 1)
+    if rep.gating == BY_LEVEL:
+        world.terms[i].key = rank(world, rep, world.reqs[i].emitted)
+    elif rep.order == ARRIVAL:
         rep.fronts += 1
         world.terms[i].key = -rep.fronts
     elif rep.order == PREDICTED:

@@ -71,8 +71,12 @@ def run(world: World, cls: Ints, u: Floats, routing: Routing, first: int, last: 
 
 @compiled
 def drain(world: World) -> None:
-    """Play what is in the replicas to its end."""
+    """Play what is in the replicas to its end; from the last arrival on nobody is held back."""
     for r in range(len(world.reps)):
+        rep = world.reps[r]
+        if rep.counts > 0 and len(world.reqs) > 0:
+            advance(world, r, world.reqs[len(world.reqs) - 1].arrival)
+        rep.flush = 1
         advance(world, r, math.inf)
 
 

@@ -19,6 +19,7 @@ from llmopt.evaluate.kernel_glide import (
     start_gliding,
 )
 from llmopt.evaluate.kernel_lists import leave_batch, leave_singles, unqueue
+from llmopt.evaluate.kernel_mix import plan_step
 from llmopt.evaluate.kernel_queue import join_queue
 from llmopt.evaluate.kernel_table import read_table
 from llmopt.evaluate.kernel_types import COEFFICIENTS, LOOKAHEAD, NEVER, NONE, RESERVE, World, compiled, inlined
@@ -33,7 +34,13 @@ def advance(world: World, r: int, until: float) -> None:
         return
     while rep.clock < until and rep.waiting + rep.running > 0:
         if rep.single_head != NONE or rep.gliding == 0 or glide(world, rep, until) == 0:
-            schedule(world, rep)
+            if rep.stepwise:
+                if plan_step(world, rep):
+                    # all are held back until somebody arrives
+                    rep.clock = until
+                    return
+            else:
+                schedule(world, rep)
             if rep.ahead:
                 catch_up(rep)
             if rep.running == 0:
@@ -146,8 +153,8 @@ def duration(world: World, rep: Any) -> float:
             rep.prefill += req.taken
             pairs += req.taken * (req.computed + 0.5 * req.taken)
         else:
-            rep.decode += 1
-            kv += req.computed
+            rep.decode += req.taken
+            kv += req.taken * req.computed
         i = req.link_next
     if rep.table != NONE:
         return read_table(world.costs, rep, float(kv), pairs)
@@ -199,12 +206,14 @@ def step_single(world: World, rep: Any, i: int) -> None:
         req.emitted += rep.first_step
         rep.outstanding -= rep.first_step
     else:
-        req.emitted += 1
+        req.emitted += req.taken
     if req.emitted == 0:
         # first_token = "decode": the next step is looked at too, because it times the first token
         return
     if math.isnan(req.first_token):
         req.first_token = rep.clock
+    if rep.stepwise and req.emitted < req.output:
+        return
     leave_singles(world, rep, i)
     rep.single_kv -= req.computed
     if req.emitted < req.output:

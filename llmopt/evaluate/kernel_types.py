@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast, get_args
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from llmopt.arrays import Floats, Ints
+from llmopt.batcher import Mixing
 
 F = TypeVar("F", bound=Callable[..., Any])
 Table = NDArray[np.void]
@@ -28,6 +29,9 @@ ORDERS = ("arrival", "predicted", "keys")
 ARRIVAL, PREDICTED, KEYS = range(3)
 VICTIMS = ("youngest", "last", "least", "all", "each")
 YOUNGEST, LAST, LEAST, ALL, EACH = range(5)
+MIXINGS: tuple[str, ...] = get_args(Mixing)
+DECODE_FIRST, PREFILL_FIRST, PREFILL_ONLY, DECODE_ONLY = range(4)
+UNGATED, BY_CLASS, BY_STAGE, BY_LEVEL = range(4)
 PATIENCE = 10_000
 """Preemptions of one request that end a run."""
 NONE = -1
@@ -67,6 +71,8 @@ TERMS = np.dtype(
         ("served", "i8"),
         # believed output tokens; first child in the heap; neighbours in the bucket of a believed end; 1 if outlived
         *((name, "i4") for name in ("believed", "child", "near_next", "near_prev", "outlived")),
+        # class number; 1 if it gets no tokens in the step
+        *((name, "i4") for name in ("cls", "paused")),
     ],
     align=True,
 )
@@ -92,6 +98,9 @@ REPLICA = np.dtype(
         *((name, "i8") for name in ("near_ring", "near_mask", "near_bits", "swept")),
         *((name, "i8") for name in ("spent", "spent_tokens", "spent_classes")),
         ("clearing", "f8"),
+        # rules in which running requests may pause: whether this is one, who moves, whether prompts are never cut, what
+        # is held back, whether that has ended; where the numbers for it start in `classes`, counts and marks
+        *((name, "i8") for name in ("stepwise", "mixing", "whole", "gating", "flush", "gates", "counts", "marks")),
         # when a waiting request is released; do not end a step after `halt`; seconds of the step that would have
         *((name, "f8") for name in ("wake", "halt", "pending")),
         # seconds of every step that are not in its table
@@ -131,7 +140,8 @@ class World(NamedTuple):
     terms: what the batching rule says of each request; costs: step times, first all pieces, five numbers each, then all
     tables (see `kernel_table`); ring: first request of the bucket of each finishing step; bits: which buckets are
     filled; classes: how many gliding requests have (offset + slots) mod block = k, so that one look tells the new
-    blocks of a step, and behind them room for one replica's. They are few because every call hands all of them over.
+    blocks of a step, behind them room for one replica's, and the thresholds of `kernel_hold`. They are few because
+    every call hands all of them over.
     """
 
     reqs: Table

@@ -8,18 +8,21 @@ from typing import Any
 
 from llmopt.evaluate.kernel_admit import demand
 from llmopt.evaluate.kernel_cache import leave_blocks
-from llmopt.evaluate.kernel_glide import blocks_of, peak_of, stop_gliding
+from llmopt.evaluate.kernel_glide import blocks_of, held_by, peak_of, stop_gliding
+from llmopt.evaluate.kernel_hold import deepest
 from llmopt.evaluate.kernel_lists import leave_batch, leave_singles
 from llmopt.evaluate.kernel_queue import rejoin_queue
 from llmopt.evaluate.kernel_types import (
     ALL,
     ARRIVAL,
+    BY_LEVEL,
     EACH,
     LEAST,
     LOOKAHEAD,
     NONE,
     PATIENCE,
     PREDICTED,
+    RESERVE,
     RESTART,
     SWAP,
     YOUNGEST,
@@ -61,6 +64,8 @@ def make_room(world: World, rep: Any) -> None:
 @compiled
 def growth_of(rep: Any, req: Any) -> int:
     """Blocks that a running request needs for its tokens of this step."""
+    if rep.mode == RESERVE:
+        return 0
     if req.gliding:
         return 1 if (req.offset + rep.slots + rep.steps) % rep.block == 0 else 0
     return blocks_of(rep, req.computed + req.taken) - blocks_of(rep, req.computed)
@@ -78,6 +83,10 @@ def first_unserved(world: World, rep: Any) -> int:
 @compiled
 def strike(world: World, rep: Any) -> int:
     """Preempt once by the rule; returns the tokens of this step that are given back."""
+    if rep.gating == BY_LEVEL:
+        return evict(world, rep, deepest(world, rep))
+    if rep.victims == YOUNGEST:
+        return evict(world, rep, rep.batch_tail)
     if rep.victims != ALL and rep.victims != EACH:
         return evict(world, rep, chosen(world, rep))
     rep.rounds += 1
@@ -153,7 +162,7 @@ def preempt(world: World, rep: Any, i: int) -> None:
     leave_batch(world, rep, i)
     if rep.mode == LOOKAHEAD:
         rep.peaks -= peak_of(world, rep, i)
-    blocks = blocks_of(rep, req.computed)
+    blocks = held_by(rep, req, req.computed)
     rep.used -= blocks
     rep.pushed += blocks
     if rep.caching:

@@ -6,14 +6,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llmopt.arrays import Floats
+from llmopt.arrays import Floats, Ints
 from llmopt.batcher import FIFO, Batcher
 from llmopt.evaluate.kernel_table import flatten
 from llmopt.evaluate.kernel_types import (
     ADMISSIONS,
+    BY_CLASS,
+    BY_LEVEL,
+    BY_STAGE,
     COEFFICIENTS,
     KEYS,
     LOOKAHEAD,
+    MIXINGS,
     NONE,
     OPTIMISTIC,
     ORDERS,
@@ -21,6 +25,7 @@ from llmopt.evaluate.kernel_types import (
     REPLICA,
     REQUEST,
     TERMS,
+    UNGATED,
     VICTIMS,
     WORD,
     Table,
@@ -29,6 +34,8 @@ from llmopt.evaluate.kernel_types import (
 from llmopt.evaluate.rules import Rules
 from llmopt.scenario import Pool
 from llmopt.workload import Requests
+
+GATINGS = {"class": BY_CLASS, "stage": BY_STAGE}
 
 
 def build_world(pools: Sequence[Pool], requests: Requests, rules: Rules) -> World:
@@ -46,6 +53,7 @@ def build_world(pools: Sequence[Pool], requests: Requests, rules: Rules) -> Worl
         reps["spent_classes"] = classes + reps["classes"]
         slots, classes = slots + size * len(reps), 2 * classes
     reps["scratch"] = classes
+    counters = classes + int(reps["block"].max())
     for name in ("", "near_"):
         reps[f"{name}bits"] = reps[f"{name}ring"] // WORD
     return World(
@@ -55,7 +63,7 @@ def build_world(pools: Sequence[Pool], requests: Requests, rules: Rules) -> Worl
         costs=_costs(pools, reps),
         ring=np.full(slots, NONE, np.int32),
         bits=np.zeros(slots // WORD, np.int64),
-        classes=np.zeros(classes + int(reps["block"].max()), np.int64),
+        classes=np.concatenate([np.zeros(counters, np.int64), _gates(rules.batcher, reps, counters)]),
     )
 
 
@@ -68,7 +76,7 @@ def _terms(requests: Requests, rules: Rules) -> Table:
     table = np.zeros(0 if rules.batcher == FIFO else len(requests), TERMS)
     if len(table):
         table["key"], table["release"], table["u"] = rules.keys, rules.release, requests.u
-        table["believed"] = rules.believed
+        table["believed"], table["cls"] = rules.believed, requests.cls
     return table
 
 
@@ -78,7 +86,7 @@ def _rule(reps: Table, requests: Requests, rules: Rules) -> None:
     reps["ruled"] = batcher != FIFO
     reps["order"] = ORDERS.index(batcher.order) if isinstance(batcher.order, str) and not batcher.replan else KEYS
     plain = batcher.order == "arrival" and batcher.skips == 0 and not (batcher.release or batcher.replan)
-    reps["heap"] = not plain
+    reps["heap"] = not plain or batcher.stepwise
     reps["guess"] = (reps["mode"] == LOOKAHEAD) & bool((rules.believed != requests.output).any())
     reps["steady"] = 0 if batcher.stepwise else 1 - reps["ahead"]
     reps["victims"], reps["clearing"] = VICTIMS.index(batcher.victims), batcher.clearing
@@ -88,6 +96,20 @@ def _rule(reps: Table, requests: Requests, rules: Rules) -> None:
     reps["pending"] = -1.0
     for name in ("stuck", "lost_head"):
         reps[name] = NONE
+
+
+def _gates(batcher: Batcher, reps: Table, first: int) -> Ints:
+    """The numbers of a rule that holds back, placed from `first` on; sets what makes running requests pause."""
+    hold, whole = batcher.hold, batcher.mixing in ("prefill-only", "decode-only")
+    counts, marks = (hold.counts, hold.edges) if hold else ((), batcher.levels)
+    gating = GATINGS[hold.by] if hold else BY_LEVEL if marks else UNGATED
+    reps["stepwise"], reps["mixing"], reps["gating"] = batcher.stepwise, MIXINGS.index(batcher.mixing), gating
+    reps["whole"], reps["counts"], reps["marks"] = whole, len(counts), len(marks)
+    if whole:
+        reps["chunk"] = reps["budget"]
+    numbers = [*counts, *(0 for _ in range(3 * len(counts))), *marks]
+    reps["gates"] = first + len(numbers) * np.arange(len(reps))
+    return np.tile(np.array(numbers, np.int64), len(reps))
 
 
 def _requests(requests: Requests) -> Table:
