@@ -12,6 +12,7 @@ import argparse
 import resource
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,8 +20,10 @@ from typing import Any
 import numpy as np
 
 from llmopt import load_scenario
+from llmopt.batcher import Batcher
 from llmopt.evaluate.simulate import simulate
 from llmopt.plan import Plan, index_router
+from llmopt.predictions import Noise
 from llmopt.scenario import Pool, Scenario
 from llmopt.steptable import StepTable
 from llmopt.workload import Requests
@@ -62,7 +65,7 @@ class Report:
 
     def line(self, what: str, value: float, unit: str, least: float = -np.inf, most: float = np.inf) -> None:
         """Print one measurement beside its target."""
-        target = f"(at least {least:,.0f})" if least > -np.inf else f"(at most {most:g})" if most < np.inf else ""
+        target = f"(at least {least:,.10g})" if least > -np.inf else f"(at most {most:g})" if most < np.inf else ""
         met = least <= value <= most
         self.missed |= not met
         number = f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
@@ -154,6 +157,36 @@ def engines(report: Report, scenario: Scenario, requests: Requests, runs: int) -
     report.line("replica seconds simulated per second, all of it", seconds_per_second, "")
 
 
+def rules(report: Report, scenario: Scenario, requests: Requests, runs: int) -> None:
+    """Shortest output first with the look-ahead check, against first come first served, close to the critical rate.
+
+    The critical rate is that of a backlog served first come first served. The third rule believes noisy guesses.
+    """
+    backlog = simulate(scenario, Plan("backlog"), requests=replace(requests, arrival=np.zeros(len(requests))))
+    work = stretched(requests, len(requests), 0.97 * float(requests.arrival[-1]) / backlog.end)
+    noisy = Noise(law="noise", sigma=0.5)
+    plans = {
+        "first come first served": Plan("fifo"),
+        "MC-SF": Plan("mc-sf", batcher=Batcher("predicted", admission="lookahead")),
+        "MC-SF with noisy guesses": Plan("noisy", batcher=Batcher("predicted", admission="lookahead", predictor=noisy)),
+    }
+    times: dict[str, list[float]] = {name: [] for name in plans}
+    for _ in range(runs + 1):
+        for name, plan in plans.items():
+            start = perf_counter()
+            simulate(scenario, plan, requests=work)
+            times[name].append(perf_counter() - start)
+    fifo = np.array(times["first come first served"][1:])
+    report.line(
+        "first come first served at 0.97 of the critical rate", len(work) / float(np.median(fifo)), "requests/s"
+    )
+    for name in list(plans)[1:]:
+        mine = np.array(times[name][1:])
+        report.line(f"{name}, same requests", len(work) / float(np.median(mine)), "requests/s")
+        ratio = float(np.median(fifo / mine))
+        report.line(f"{name}, requests/s over first come first served", ratio, "x", least=0.1)
+
+
 def scaling(report: Report, requests: Requests, trace: Path | None, largest: int) -> None:
     """Time per request from 10 000 to `largest` requests on eight replicas, and peak memory."""
     scenario = on_replicas(8, trace)
@@ -180,6 +213,7 @@ def main() -> None:
     report = Report()
     speed(report, scenario, requests, options.runs)
     engines(report, scenario, requests, options.runs)
+    rules(report, scenario, requests, options.runs)
     scaling(report, requests, options.trace, options.largest)
     sys.exit(int(report.missed))
 

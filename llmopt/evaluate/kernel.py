@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import fields
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from llmopt.arrays import Floats, Ints
+from llmopt.batcher import Snapshot
+from llmopt.evaluate.kernel_queue import list_waiting, rank_anew
+from llmopt.evaluate.kernel_replan import halt, halt_at, list_beliefs, list_running, resume
 from llmopt.evaluate.kernel_route import Routing, drain, look, run
 from llmopt.evaluate.kernel_step import advance, arrive
 from llmopt.evaluate.kernel_types import Table, World, compiled
@@ -23,19 +29,94 @@ RESULTS = {"replica", "queued", "scheduled", "first_token", "finish", "preemptio
 """Fields of the tables that are results."""
 
 
-class CompiledCore:
-    """All replicas and requests of one run, as arrays."""
+class Core(ABC):
+    """All replicas and requests of one run, and the kernels that play them."""
+
+    name: str
+    kernels: Any
+    world: Any
+    requests: Requests
+
+    @property
+    @abstractmethod
+    def stuck(self) -> int:
+        """A request that was preempted too often, or -1."""
+
+    @abstractmethod
+    def route(self, routing: Routing, first: int, last: int) -> int:
+        """Play the arrivals of requests `first` to `last - 1`; returns -1, or one that its replica can never hold."""
+
+    def run(self, routing: Routing) -> int:
+        """Play all requests; returns -1, or the number of a request that its replica can never hold."""
+        lost = self.route(routing, 0, len(self.requests))
+        self.drain()
+        return lost
+
+    def arrive(self, r: int, i: int, time: float) -> None:
+        """Hand request `i` to replica `r`, which has been looked at at `time`."""
+        self.kernels.arrive(self.world, r, i, time)
+
+    def drain(self) -> None:
+        """Play what is in the replicas to its end."""
+        self.kernels.drain(self.world)
+
+    def halt_at(self, time: float) -> None:
+        """Let no replica end a step after `time` (s) until they are resumed."""
+        self.kernels.halt_at(self.world, time)
+
+    def halt(self, time: float) -> Ints:
+        """End every step that ends by `time` (s), leave those under way; how many wait and run, (n_replicas, 2)."""
+        counts = np.zeros((len(self.world.reps), 2), np.int64)
+        self.kernels.halt(self.world, time, counts)
+        return counts
+
+    def snapshot(self, r: int, time: float, pool: Pool, counts: Ints) -> Snapshot:
+        """What a rule sees of replica `r`, halted at `time` with `counts` requests waiting and running."""
+        numbers, beliefs, batch = (
+            np.zeros(counts[0], np.int64),
+            np.zeros((counts[0], 2), np.int64),
+            np.zeros((counts[1], 4), np.int64),
+        )
+        self.kernels.list_waiting(self.world, r, numbers)
+        numbers.sort()
+        self.kernels.list_beliefs(self.world, numbers, beliefs)
+        self.kernels.list_running(self.world, r, batch)
+        arrival, prompt = self.requests.arrival[numbers], self.requests.prompt[numbers]
+        return Snapshot(time, pool, numbers, arrival, prompt, *beliefs.T, *batch.T)
+
+    def rank(self, r: int, numbers: Ints, keys: Floats) -> None:
+        """New keys for all requests that wait at replica `r`."""
+        self.kernels.rank_anew(self.world, r, numbers, keys)
+
+    def resume(self) -> None:
+        """End the steps that `halt` left under way."""
+        self.kernels.resume(self.world)
+
+
+class CompiledCore(Core):
+    """As arrays, played by the compiled kernels."""
 
     name = "compiled"
+    kernels = SimpleNamespace(
+        arrive=arrive,
+        drain=drain,
+        halt=halt,
+        halt_at=halt_at,
+        list_beliefs=list_beliefs,
+        list_running=list_running,
+        list_waiting=list_waiting,
+        rank_anew=rank_anew,
+        resume=resume,
+    )
 
     def __init__(self, pools: Sequence[Pool], requests: Requests, rules: Rules | None = None) -> None:
         self.requests = requests
         self.world = build_world(pools, requests, rules or first_come(requests))
         self._seen = np.zeros((len(self.world.reps), len(STATE_FEATURES)), np.int64)
 
-    def run(self, routing: Routing) -> int:
-        """Play all requests; returns -1, or the number of a request that its replica can never hold."""
-        return run(self.world, self.requests.cls, self.requests.u, routing)
+    def route(self, routing: Routing, first: int, last: int) -> int:
+        """Play the arrivals of requests `first` to `last - 1`; returns -1, or one that its replica can never hold."""
+        return run(self.world, self.requests.cls, self.requests.u, routing, first, last)
 
     def look(self, time: float) -> list[list[int]]:
         """The state features of every replica at `time`, as in `STATE_FEATURES`."""
@@ -43,13 +124,10 @@ class CompiledCore:
         states: list[list[int]] = self._seen.tolist()
         return states
 
-    def arrive(self, r: int, i: int, time: float) -> None:
-        """Hand request `i` to replica `r`, which has been looked at at `time`."""
-        arrive(self.world, r, i, time)
-
-    def drain(self) -> None:
-        """Play what is in the replicas to its end."""
-        drain(self.world)
+    @property
+    def stuck(self) -> int:
+        """A request that was preempted too often, or -1."""
+        return int(self.world.reps["stuck"].max())
 
     def result(self) -> SimRun:
         """The run so far."""

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from llmopt.arrays import Floats
+from llmopt.evaluate.kernel_belief import join_believed, leave_believed
 from llmopt.evaluate.kernel_lists import join_bucket, leave_batch, leave_bucket, next_due, take_bucket
 from llmopt.evaluate.kernel_table import table_stretch, unmeasured
-from llmopt.evaluate.kernel_types import COEFFICIENTS, NEVER, NONE, RESERVE, World, compiled, inlined
+from llmopt.evaluate.kernel_types import COEFFICIENTS, LOOKAHEAD, NEVER, NONE, RESERVE, World, compiled, inlined
 
 
 @compiled
@@ -26,6 +27,14 @@ def held_by(rep: Any, req: Any, tokens: int) -> int:
     if rep.mode == RESERVE:
         return blocks_of(rep, req.prompt + req.output - rep.first_step)
     return blocks_of(rep, tokens)
+
+
+@compiled
+def peak_of(world: World, rep: Any, i: int) -> int:
+    """Blocks of a request at its end, as believed when it was admitted."""
+    req = world.reqs[i]
+    output = world.terms[i].believed if rep.guess else req.output
+    return blocks_of(rep, req.prompt + output - rep.first_step)
 
 
 @compiled
@@ -63,12 +72,16 @@ def start_gliding(world: World, rep: Any, i: int) -> None:
     rep.gliding += 1
     rep.kv += req.computed
     rep.due = min(rep.due, req.due)
+    if rep.guess:
+        join_believed(world, rep, i)
 
 
 @compiled
 def stop_gliding(world: World, rep: Any, i: int) -> None:
     """Undo `start_gliding`."""
     req = world.reqs[i]
+    if rep.guess:
+        leave_believed(world, rep, i)
     leave_bucket(world, rep, i)
     world.classes[rep.classes + (req.offset + rep.slots) % rep.block] -= 1
     req.computed = req.offset + rep.steps
@@ -84,18 +97,27 @@ def finish_due(world: World, rep: Any) -> None:
     """Let the gliding requests leave that have emitted their last token at the clock."""
     reqs = world.reqs
     i = take_bucket(world, rep, rep.steps)
-    if i != NONE and rep.retry == NEVER:
+    if i == NONE:
+        return
+    if rep.retry == NEVER:
         rep.retry = 0
     while i != NONE:
         req = reqs[i]
+        if rep.guess:
+            leave_believed(world, rep, i)
         req.finish = rep.clock
         computed = req.offset + rep.steps
         world.classes[rep.classes + (req.offset + rep.slots) % rep.block] -= 1
         rep.gliding -= 1
         rep.kv -= computed
+        if rep.mode == LOOKAHEAD:
+            rep.peaks -= peak_of(world, rep, i)
         give_back(rep, held_by(rep, req, computed))
         leave_batch(world, rep, i)
         i = req.link_next
+    if rep.guess or rep.running == 0:
+        # what was believed to go on has ended; what must be kept free beside others may be used when alone
+        rep.retry = 0
 
 
 @inlined
@@ -114,18 +136,23 @@ def glide(world: World, rep: Any, until: float) -> int:
     All running requests glide. Returns the number of steps made.
     """
     if rep.due <= rep.steps:
-        rep.due = next_due(world, rep, rep.steps)
+        rep.due = next_due(world, rep.bits, rep.mask, rep.steps)
     most = rep.due - rep.steps
     if rep.waiting > 0:
         most = min(most, rep.retry - rep.steps)
-        if most <= 0:
+        if most <= 0 or rep.wake <= rep.clock:
             return 0
+        until = min(until, rep.wake)
     if rep.late_slots + rep.fresh > 0:
         # nobody can be admitted before `retry`: what the next schedule does not know matters only if memory runs out
         if rep.used + rep.late_blocks + rep.gliding > rep.blocks:
             return 0
         catch_up(rep)
     steps, seconds, held_time = coast(world.costs, rep, most, until)
+    if rep.clock + seconds > rep.halt:
+        if steps == 1:
+            return 0
+        steps, seconds, held_time = coast(world.costs, rep, steps - 1, np.inf)
     if rep.mode != RESERVE:
         room = growth(world, rep, steps)
         if room == 0:

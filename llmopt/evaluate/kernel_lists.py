@@ -40,13 +40,17 @@ def requeue(world: World, rep: Any, i: int) -> None:
 
 
 @compiled
-def join_batch(world: World, rep: Any) -> int:
-    """Move the head of the queue to the end of the batch; returns it."""
-    reqs = world.reqs
-    i = rep.queue_head
-    req = reqs[i]
-    rep.queue_head = req.next
+def unqueue(world: World, rep: Any) -> None:
+    """Take the head out of the waiting queue."""
+    rep.queue_head = world.reqs[rep.queue_head].next
     rep.waiting -= 1
+
+
+@compiled
+def join_batch(world: World, rep: Any, i: int) -> None:
+    """Append to the batch a request just taken out of the queue."""
+    reqs = world.reqs
+    req = reqs[i]
     if rep.waiting == 0:
         rep.drained = rep.clock
     req.next = NONE
@@ -57,7 +61,6 @@ def join_batch(world: World, rep: Any) -> int:
         reqs[rep.batch_tail].next = i
     rep.batch_tail = i
     rep.running += 1
-    return i
 
 
 @compiled
@@ -147,18 +150,18 @@ def take_bucket(world: World, rep: Any, due: int) -> int:
 
 
 @inlined
-def next_due(world: World, rep: Any, after: int) -> int:
-    """The smallest filled step count above `after`, NEVER if there is none within one turn of the ring."""
-    start = (after + 1) & rep.mask
-    words = (rep.mask + 1) // WORD
+def next_due(world: World, bits: int, mask: int, after: int) -> int:
+    """The smallest filled step count above `after`, NEVER if there is none within one turn of the ring at `bits`."""
+    start = (after + 1) & mask
+    words = (mask + 1) // WORD
     w = start // WORD
-    word = world.bits[rep.bits + w] >> (start % WORD) << (start % WORD)
+    word = world.bits[bits + w] >> (start % WORD) << (start % WORD)
     for _ in range(words + 1):
         if word != 0:
             slot = w * WORD + LOWEST[(word & -word) % 37]
-            return after + 1 + ((slot - start) & rep.mask)
+            return after + 1 + ((slot - start) & mask)
         w += 1
         if w == words:
             w = 0
-        word = world.bits[rep.bits + w]
+        word = world.bits[bits + w]
     return NEVER

@@ -56,9 +56,9 @@ def build_routing(scenario: Scenario, router: Router) -> Routing:
 
 
 @compiled
-def run(world: World, cls: Ints, u: Floats, routing: Routing) -> int:
-    """Play all requests to their end; returns NONE, or the number of a request that its replica can never hold."""
-    for i in range(len(cls)):
+def run(world: World, cls: Ints, u: Floats, routing: Routing, first: int, last: int) -> int:
+    """Route requests `first` to `last - 1` at their arrival; returns NONE, or one that its replica can never hold."""
+    for i in range(first, last):
         time = world.reqs[i].arrival
         r = route(world, time, cls[i], u[i], routing)
         if not can_hold(world, r, i):
@@ -66,14 +66,17 @@ def run(world: World, cls: Ints, u: Floats, routing: Routing) -> int:
         advance(world, r, time)
         routing.last[r] = i
         arrive(world, r, i, time)
-    drain(world)
     return NONE
 
 
 @compiled
 def drain(world: World) -> None:
-    """Play what is in the replicas to its end."""
+    """Play what is in the replicas to its end; from the last arrival on nobody is held back."""
     for r in range(len(world.reps)):
+        rep = world.reps[r]
+        if rep.counts > 0 and len(world.reqs) > 0:
+            advance(world, r, world.reqs[len(world.reqs) - 1].arrival)
+        rep.flush = 1
         advance(world, r, math.inf)
 
 
@@ -176,7 +179,7 @@ def score(rep: Any, weights: Floats, time: float) -> float:
 @compiled
 def observe(rep: Any, time: float) -> tuple[int, int, int, int]:
     """The state features at `time`, which is before the clock while a step is under way."""
-    if time < rep.clock:
+    if time < rep.clock or rep.pending >= 0.0:
         return rep.seen_waiting, rep.seen_running, rep.seen_used * rep.block, rep.seen_outstanding
     return rep.waiting, rep.running, rep.used * rep.block, rep.outstanding
 

@@ -6,8 +6,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from llmopt.evaluate.kernel_ahead import steps_to_wait
-from llmopt.evaluate.kernel_cache import find_blocks, leave_blocks
+from llmopt.evaluate.kernel_admit import admit_by_rule, demand, enter, refused_until
 from llmopt.evaluate.kernel_glide import (
     blocks_of,
     catch_up,
@@ -15,40 +14,48 @@ from llmopt.evaluate.kernel_glide import (
     give_back,
     glide,
     held_by,
+    peak_of,
     show,
     start_gliding,
-    stop_gliding,
 )
-from llmopt.evaluate.kernel_lists import join_batch, join_singles, leave_batch, leave_singles, queue, requeue
+from llmopt.evaluate.kernel_lists import leave_batch, leave_singles, unqueue
+from llmopt.evaluate.kernel_mix import plan_step
+from llmopt.evaluate.kernel_queue import join_queue
 from llmopt.evaluate.kernel_table import read_table
-from llmopt.evaluate.kernel_types import (
-    COEFFICIENTS,
-    LOOKAHEAD,
-    NEVER,
-    NONE,
-    RESERVE,
-    RESTART,
-    SWAP,
-    World,
-    compiled,
-    inlined,
-)
+from llmopt.evaluate.kernel_types import COEFFICIENTS, LOOKAHEAD, NEVER, NONE, RESERVE, World, compiled, inlined
+from llmopt.evaluate.kernel_victims import make_room
 
 
 @compiled
 def advance(world: World, r: int, until: float) -> None:
     """Make every step of replica `r` that starts before `until`."""
     rep = world.reps[r]
+    if rep.pending >= 0.0:
+        return
     while rep.clock < until and rep.waiting + rep.running > 0:
         if rep.single_head != NONE or rep.gliding == 0 or glide(world, rep, until) == 0:
-            schedule(world, rep)
+            if rep.stepwise:
+                if plan_step(world, rep):
+                    # all are held back until somebody arrives
+                    rep.clock = until
+                    return
+            else:
+                schedule(world, rep)
             if rep.ahead:
                 catch_up(rep)
-                if rep.running == 0:
-                    # nothing could run with what was known one step ago: schedule again with what is known now
-                    continue
+            if rep.running == 0:
+                # schedule again: with what is known now instead of one step ago, or after all have been preempted, or
+                # when a waiting request is released
+                if rep.wake < math.inf and rep.retry > rep.steps:
+                    if rep.wake >= until:
+                        return
+                    rep.clock = max(rep.clock, rep.wake)
+                continue
             seconds = duration(world, rep)
             show(rep, rep.outstanding)
+            if rep.clock + seconds > rep.halt:
+                rep.pending = seconds
+                return
             complete(world, rep, seconds)
 
 
@@ -56,14 +63,14 @@ def advance(world: World, r: int, until: float) -> None:
 def arrive(world: World, r: int, i: int, time: float) -> None:
     """Hand request `i` to replica `r`, which has been advanced to `time`."""
     rep, req = world.reps[r], world.reqs[i]
-    if rep.waiting + rep.running == 0:
+    if rep.running == 0:
         rep.clock = max(rep.clock, time)
     if rep.waiting == 0:
         rep.retry = 0
     req.replica = r
-    req.queued = rep.clock
+    req.queued = rep.clock + max(rep.pending, 0.0)
     rep.fresh += rep.ahead
-    queue(world, rep, i)
+    join_queue(world, rep, i)
     rep.seen_waiting += 1
     rep.outstanding += req.prompt + req.output
     rep.seen_outstanding += req.prompt + req.output
@@ -80,19 +87,12 @@ def schedule(world: World, rep: Any) -> None:
             req = world.reqs[i]
             rep.need += blocks_of(rep, req.computed + req.taken) - blocks_of(rep, req.computed)
             i = req.link_next
-    preempted = False
-    while rep.need > rep.blocks - rep.used - rep.late_blocks:
-        preempt(world, rep, rep.batch_tail)
-        preempted = True
+    preempted = rep.need > rep.blocks - rep.used - rep.late_blocks
+    if preempted:
+        make_room(world, rep)
     rep.used += rep.need
-    if not preempted and rep.waiting > rep.fresh and rep.steps >= rep.retry:
+    if not preempted and rep.waiting > rep.fresh and (rep.steps >= rep.retry or rep.clock >= rep.wake):
         admit(world, rep, left)
-
-
-@compiled
-def demand(rep: Any, req: Any) -> int:
-    """Tokens that a request would take of an unlimited budget."""
-    return min(req.target - req.computed, rep.chunk) if req.prefilling else 1
 
 
 @inlined
@@ -115,51 +115,12 @@ def allot(world: World, rep: Any) -> int:
     return left
 
 
-@compiled
-def preempt(world: World, rep: Any, i: int) -> None:
-    """Move the youngest request to the front of the queue, in a step that is being scheduled."""
-    req = world.reqs[i]
-    if req.gliding:
-        if (req.offset + rep.slots + rep.steps) % rep.block == 0:
-            rep.need -= 1
-        stop_gliding(world, rep, i)
-    else:
-        rep.need -= blocks_of(rep, req.computed + req.taken) - blocks_of(rep, req.computed)
-        leave_singles(world, rep, i)
-        rep.single_kv -= req.computed
-    leave_batch(world, rep, i)
-    blocks = blocks_of(rep, req.computed)
-    rep.used -= blocks
-    rep.pushed += blocks
-    if rep.caching:
-        leave_blocks(rep, req)
-    requeue(world, rep, i)
-    rep.retry = 0
-    req.preemptions += 1
-    rep.preemptions += 1
-    if rep.mode != SWAP:
-        forget(rep, req)
-
-
-@compiled
-def forget(rep: Any, req: Any) -> None:
-    """Back to prefill: of its output too under restart, else of the tokens it has emitted."""
-    rep.outstanding += req.computed if req.prefilling else req.prompt + req.emitted
-    if rep.mode == RESTART:
-        rep.wasted += req.area
-        req.emitted = 0
-        req.prefilled = 0
-    elif req.prefilling:
-        rep.wasted += req.area
-    req.computed = 0
-    req.area = 0
-    req.target = req.prompt + req.emitted
-    req.prefilling = 1
-
-
 @inlined
 def admit(world: World, rep: Any, left: int) -> None:
     """Admit from the head of the queue while budget, batch slots and memory allow."""
+    if rep.heap:
+        admit_by_rule(world, rep, left)
+        return
     while rep.waiting > rep.fresh:
         if rep.running + rep.late_slots >= rep.max_batch:
             rep.retry = NEVER
@@ -170,38 +131,12 @@ def admit(world: World, rep: Any, left: int) -> None:
         i = rep.queue_head
         req = world.reqs[i]
         req.taken = min(demand(rep, req), left)
-        if not fits_now(world, rep, i):
+        refused = refused_until(world, rep, i)
+        if refused > 0:
+            rep.retry = refused
             return
-        if rep.caching and req.full > 0:
-            find_blocks(rep, req)
-            req.taken = min(demand(rep, req), left)
-        join_batch(world, rep)
-        left -= req.taken
-        rep.used += held_by(rep, req, req.computed + req.taken)
-        if math.isnan(req.scheduled):
-            req.scheduled = rep.clock
-        if req.prefilling or math.isnan(req.first_token):
-            join_singles(world, rep, i)
-            rep.single_kv += req.computed
-        else:
-            start_gliding(world, rep, i)
-
-
-@inlined
-def fits_now(world: World, rep: Any, i: int) -> bool:
-    """Whether memory admits the head of the queue; if not, sets when to try again."""
-    req = world.reqs[i]
-    if rep.mode == LOOKAHEAD:
-        wait = steps_to_wait(world, rep, i)
-        if wait == 0:
-            return True
-        rep.retry = rep.steps + wait
-        return False
-    needed = held_by(rep, req, max(req.target, req.computed + req.taken))
-    if needed <= rep.blocks - rep.used - rep.late_blocks:
-        return True
-    rep.retry = NEVER
-    return False
+        unqueue(world, rep)
+        left -= enter(world, rep, i, left)
 
 
 @inlined
@@ -218,8 +153,8 @@ def duration(world: World, rep: Any) -> float:
             rep.prefill += req.taken
             pairs += req.taken * (req.computed + 0.5 * req.taken)
         else:
-            rep.decode += 1
-            kv += req.computed
+            rep.decode += req.taken
+            kv += req.taken * req.computed
         i = req.link_next
     if rep.table != NONE:
         return read_table(world.costs, rep, float(kv), pairs)
@@ -271,19 +206,23 @@ def step_single(world: World, rep: Any, i: int) -> None:
         req.emitted += rep.first_step
         rep.outstanding -= rep.first_step
     else:
-        req.emitted += 1
+        req.emitted += req.taken
     if req.emitted == 0:
         # first_token = "decode": the next step is looked at too, because it times the first token
         return
     if math.isnan(req.first_token):
         req.first_token = rep.clock
+    if rep.stepwise and req.emitted < req.output:
+        return
     leave_singles(world, rep, i)
     rep.single_kv -= req.computed
     if req.emitted < req.output:
         start_gliding(world, rep, i)
         return
     req.finish = rep.clock
+    if rep.mode == LOOKAHEAD:
+        rep.peaks -= peak_of(world, rep, i)
     give_back(rep, held_by(rep, req, req.computed))
-    if rep.retry == NEVER:
-        rep.retry = 0
     leave_batch(world, rep, i)
+    if rep.retry == NEVER or rep.guess or rep.running == 0:
+        rep.retry = 0

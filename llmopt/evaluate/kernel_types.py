@@ -17,12 +17,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmopt.arrays import Floats, Ints
-from llmopt.scenario import Preemption
+from llmopt.batcher import Mixing
 
 F = TypeVar("F", bound=Callable[..., Any])
 Table = NDArray[np.void]
-MODES: tuple[str, ...] = get_args(Preemption)
-RESERVE, LOOKAHEAD, RECOMPUTE, SWAP, RESTART = range(5)
+ADMISSIONS = ("reserve", "lookahead", "optimistic")
+RESERVE, LOOKAHEAD, OPTIMISTIC = range(3)
+OVERFLOWS = ("recompute", "swap", "restart")
+RECOMPUTE, SWAP, RESTART = range(3)
+ORDERS = ("arrival", "predicted", "keys")
+ARRIVAL, PREDICTED, KEYS = range(3)
+VICTIMS = ("youngest", "last", "least", "all", "each")
+YOUNGEST, LAST, LEAST, ALL, EACH = range(5)
+MIXINGS: tuple[str, ...] = get_args(Mixing)
+DECODE_FIRST, PREFILL_FIRST, PREFILL_ONLY, DECODE_ONLY = range(4)
+UNGATED, BY_CLASS, BY_STAGE, BY_LEVEL = range(4)
+PATIENCE = 10_000
+"""Preemptions of one request that end a run."""
 NONE = -1
 NEVER = 2**62
 COEFFICIENTS = 5
@@ -52,14 +63,46 @@ REQUEST = np.dtype(
     align=True,
 )
 
+TERMS = np.dtype(
+    [
+        # place in the queue; not admitted before (s); the request's random number
+        *((name, "f8") for name in ("key", "release", "u")),
+        # the step that gave it tokens, while victims are sought
+        ("served", "i8"),
+        # believed output tokens; first child in the heap; neighbours in the bucket of a believed end; 1 if outlived
+        *((name, "i4") for name in ("believed", "child", "near_next", "near_prev", "outlived")),
+        # class number; 1 if it gets no tokens in the step
+        *((name, "i4") for name in ("cls", "paused")),
+    ],
+    align=True,
+)
+"""What a batching rule says of one request; no rows under the engine's own rule."""
+
 REPLICA = np.dtype(
     [
-        *((name, "i8") for name in ("pool", "mode", "first_step", "block", "slots", "blocks")),
+        # mode: how requests are admitted; overflow: what a preempted one keeps
+        *((name, "i8") for name in ("pool", "mode", "overflow", "first_step", "block", "slots", "blocks")),
         *((name, "i8") for name in ("chunk", "budget", "max_batch", "piece", "pieces")),
         # 1 if schedules are formed one step ahead; 1 if a preempted request may find its blocks again
         *((name, "i8") for name in ("ahead", "caching")),
         # where this replica's part of the flat arrays starts (table: NONE without one); the ring's size is mask + 1
-        *((name, "i8") for name in ("ring", "mask", "bits", "classes", "table")),
+        *((name, "i8") for name in ("ring", "mask", "bits", "classes", "scratch", "table")),
+        # the rule: 1 if there is one; 1 if the queue is a heap; 1 if beliefs count and may err; blocks kept free
+        *((name, "i8") for name in ("ruled", "heap", "guess", "order", "victims", "skips", "kept")),
+        # look-ahead: 1 if projections come true; 1 if that of the batch alone is known to fit; blocks of all
+        # who run at their believed ends
+        *((name, "i8") for name in ("steady", "sound", "peaks")),
+        # requests put to the front so far, rounds of clearing, the request preempted too often
+        *((name, "i8") for name in ("fronts", "rounds", "stuck")),
+        # believed ends: their ring; steps up to which it is swept; gliding requests that outlived their belief
+        *((name, "i8") for name in ("near_ring", "near_mask", "near_bits", "swept")),
+        *((name, "i8") for name in ("spent", "spent_tokens", "spent_classes")),
+        ("clearing", "f8"),
+        # rules in which running requests may pause: whether this is one, who moves, whether prompts are never cut, what
+        # is held back, whether that has ended; where the numbers for it start in `classes`, counts and marks
+        *((name, "i8") for name in ("stepwise", "mixing", "whole", "gating", "flush", "gates", "counts", "marks")),
+        # when a waiting request is released; do not end a step after `halt`; seconds of the step that would have
+        *((name, "f8") for name in ("wake", "halt", "pending")),
         # seconds of every step that are not in its table
         ("host", "f8"),
         # end of the last step, which is the start of the next; when the queue was last emptied
@@ -70,8 +113,9 @@ REPLICA = np.dtype(
         *((name, "i8") for name in ("single_head", "single_tail")),
         # scheduling ahead, in the next schedule: requests too new to be seen, blocks and batch slots freed too late
         *((name, "i8") for name in ("fresh", "late_blocks", "late_slots")),
-        # blocks ever put into the queue of free blocks
+        # blocks ever put into the queue of free blocks; first of the preempted requests that may find theirs
         ("pushed", "i8"),
+        ("lost_head", "i8"),
         # blocks held; outstanding tokens; computed tokens of the gliding requests and of the singles
         *((name, "i8") for name in ("used", "outstanding", "kv", "single_kv")),
         # what a router sees before the clock, while the last step is under way
@@ -93,19 +137,20 @@ REPLICA = np.dtype(
 class World(NamedTuple):
     """All arrays of a run.
 
-    costs: step times, first all pieces, five numbers each, then all tables (see `kernel_table`); ring: first request of
-    the bucket of each finishing step; bits: which buckets are filled; classes: how many gliding requests have (offset +
-    slots) mod block = k, so that one look tells the new blocks of a step; scratch: room for one replica's classes. They
-    are few because every call hands all of them over.
+    terms: what the batching rule says of each request; costs: step times, first all pieces, five numbers each, then all
+    tables (see `kernel_table`); ring: first request of the bucket of each finishing step; bits: which buckets are
+    filled; classes: how many gliding requests have (offset + slots) mod block = k, so that one look tells the new
+    blocks of a step, behind them room for one replica's, and the thresholds of `kernel_hold`. They are few because
+    every call hands all of them over.
     """
 
     reqs: Table
     reps: Table
+    terms: Table
     costs: Floats
     ring: NDArray[np.int32]
     bits: Ints
     classes: Ints
-    scratch: Ints
 
 
 # _nrt: kernels allocate nothing and borrow all arrays, so they do without reference counts, which are atomic and took

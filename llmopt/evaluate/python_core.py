@@ -15,16 +15,23 @@ from typing import Any
 import numpy as np
 
 from llmopt.evaluate import (
+    kernel_admit,
     kernel_ahead,
+    kernel_belief,
     kernel_cache,
     kernel_glide,
+    kernel_hold,
     kernel_lists,
+    kernel_mix,
+    kernel_queue,
+    kernel_replan,
     kernel_route,
     kernel_step,
     kernel_table,
     kernel_types,
+    kernel_victims,
 )
-from llmopt.evaluate.kernel import RESULTS, collect
+from llmopt.evaluate.kernel import RESULTS, Core, collect
 from llmopt.evaluate.kernel_route import Routing
 from llmopt.evaluate.kernel_types import Table, World
 from llmopt.evaluate.kernel_world import build_world
@@ -38,10 +45,17 @@ MODULES = (
     kernel_lists,
     kernel_table,
     kernel_cache,
+    kernel_belief,
     kernel_glide,
     kernel_ahead,
+    kernel_hold,
+    kernel_queue,
+    kernel_admit,
+    kernel_victims,
+    kernel_mix,
     kernel_step,
     kernel_route,
+    kernel_replan,
 )
 
 
@@ -59,42 +73,42 @@ def plain() -> SimpleNamespace:
     return SimpleNamespace(**space)
 
 
-class PythonCore:
-    """All replicas and requests of one run, as objects."""
+class PythonCore(Core):
+    """As objects, played by the kernels as ordinary Python functions."""
 
     name = "python"
 
     def __init__(self, pools: Sequence[Pool], requests: Requests, rules: Rules | None = None) -> None:
-        self.requests = requests
+        self.requests, self.kernels = requests, plain()
         self._tables = build_world(pools, requests, rules or first_come(requests))
-        plain: Any = {name: array.tolist() for name, array in self._tables._asdict().items()}
-        plain["reqs"] = self._reqs = _objects(self._tables.reqs)
-        plain["reps"] = self._reps = _objects(self._tables.reps)
-        self.world: Any = make_dataclass("PlainWorld", World._fields, slots=True)(**plain)
+        lists: Any = {name: array.tolist() for name, array in self._tables._asdict().items()}
+        for name in ("reqs", "reps", "terms"):
+            lists[name] = _objects(getattr(self._tables, name))
+        self.world: Any = make_dataclass("PlainWorld", World._fields, slots=True)(**lists)
+        self._classes, self._draws = requests.cls.tolist(), requests.u.tolist()
+        self._routing: tuple[Routing, Any] | None = None
 
-    def run(self, routing: Routing) -> int:
-        """Play all requests; returns -1, or the number of a request that its replica can never hold."""
-        lists: Any = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in routing._asdict().items()}
-        return int(plain().run(self.world, self.requests.cls.tolist(), self.requests.u.tolist(), Routing(**lists)))
+    def route(self, routing: Routing, first: int, last: int) -> int:
+        """Play the arrivals of requests `first` to `last - 1`; returns -1, or one that its replica can never hold."""
+        if self._routing is None or self._routing[0] is not routing:
+            lists: Any = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in routing._asdict().items()}
+            self._routing = routing, Routing(**lists)
+        return int(self.kernels.run(self.world, self._classes, self._draws, self._routing[1], first, last))
 
     def look(self, time: float) -> list[tuple[int, int, int, int]]:
         """The state features of every replica at `time`, as in `STATE_FEATURES`."""
-        kernels = plain()
         for r in range(len(self.world.reps)):
-            kernels.advance(self.world, r, time)
-        return [kernels.observe(rep, time) for rep in self.world.reps]
+            self.kernels.advance(self.world, r, time)
+        return [self.kernels.observe(rep, time) for rep in self.world.reps]
 
-    def arrive(self, r: int, i: int, time: float) -> None:
-        """Hand request `i` to replica `r`, which has been looked at at `time`."""
-        plain().arrive(self.world, r, i, time)
-
-    def drain(self) -> None:
-        """Play what is in the replicas to its end."""
-        plain().drain(self.world)
+    @property
+    def stuck(self) -> int:
+        """A request that was preempted too often, or -1."""
+        return max(int(rep.stuck) for rep in self.world.reps)
 
     def result(self) -> SimRun:
         """The run so far."""
-        for objects, table in ((self._reqs, self._tables.reqs), (self._reps, self._tables.reps)):
+        for objects, table in ((self.world.reqs, self._tables.reqs), (self.world.reps, self._tables.reps)):
             for name in set(table.dtype.names or ()) & RESULTS:
                 table[name] = [getattr(item, name) for item in objects]
         return collect(self.name, self.requests, self._tables.reqs, self._tables.reps)

@@ -40,11 +40,14 @@ def rules_of(scenario: Scenario, plan: Plan, requests: Requests) -> Rules:
     Raises
     ------
     PolicyError
-        If the predictor or a function of the batcher returns anything but an array that can be used.
+        If the predictor or a function of the batcher returns anything but an array that can be used, or a prompt that
+        the rule never cuts fits into no step.
     """
     batcher = plan.batcher
     if batcher == FIFO:
         return first_come(requests)
+    if batcher.mixing in ("prefill-only", "decode-only"):
+        _check_whole(scenario, plan, requests)
     room = max(pool.largest for pool in scenario.pools)
     predicted = batcher.predictor_of(scenario).predict(requests, scenario.workload.classes, room)
     check_predicted(predicted, requests, room, plan.policy)
@@ -62,6 +65,20 @@ def candidates(requests: Requests, predicted: Predicted, batcher: Batcher) -> Ca
     return Candidates(
         requests.arrival, requests.prompt, requests.cls, requests.u, believed, predicted.low, predicted.high
     )
+
+
+def _check_whole(scenario: Scenario, plan: Plan, requests: Requests) -> None:
+    """Refuse what would wait for ever: a whole prompt, or what is prefilled again, above a token budget."""
+    for pool in scenario.pools:
+        again = plan.batcher.engine(pool).preemption != "reserve" and plan.batcher.preemption(pool) == "recompute"
+        tokens = requests.prompt + (requests.output - 1 if again else 0)
+        if len(tokens) and tokens.max() > pool.token_budget:
+            i = int(tokens.argmax())
+            raise PolicyError(
+                f"policy {plan.policy!r}: request {i} prefills {tokens[i]} tokens in one step"
+                f"{' if it is preempted late' if again else ''}, but pool {pool.name!r} has a token_budget of "
+                f"{pool.token_budget}, so that it might never start; raise the budget or choose another mixing"
+            )
 
 
 def _asked(policy: str, what: str, rule: Rule, seen: Candidates) -> Floats:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from llmopt.errors import PolicyError, ScenarioError
+from llmopt.evaluate.replan import play_in_turns
 from llmopt.evaluate.rules import Rules, rules_of
 from llmopt.evaluate.run import SimRun
 from llmopt.plan import Incoming, Plan, ReplicaState, Router, RouterRule, ask, check_plan
@@ -15,6 +18,7 @@ from llmopt.workload import Requests
 
 if TYPE_CHECKING:
     from llmopt.evaluate.kernel import CompiledCore
+    from llmopt.evaluate.kernel_route import Routing
     from llmopt.evaluate.python_core import PythonCore
 
 Core = Literal["compiled", "python"]
@@ -55,11 +59,14 @@ def simulate(
         requests = scenario.workload.sample(scenario.evaluation.horizon if horizon is None else horizon, seed)
     _check_requests(scenario, requests)
     engine = _core(core, scenario, requests, rules_of(scenario, plan, requests))
-    if isinstance(plan.router, Router):
-        _run_router(engine, scenario, plan.policy, plan.router)
+    feed = _feeder(engine, scenario, plan)
+    if plan.batcher.replan is None:
+        feed(0, len(requests))
     else:
-        assert plan.router is not None
-        _run_rule(engine, scenario, plan.policy, plan.router)
+        play_in_turns(engine, scenario, plan.policy, plan.batcher.replan, feed)
+    engine.drain()
+    if engine.stuck >= 0:
+        raise _stuck(plan.policy, engine.stuck)
     return engine.result()
 
 
@@ -75,27 +82,46 @@ def _core(core: Core, scenario: Scenario, requests: Requests, rules: Rules) -> C
     return CompiledCore(scenario.pools, requests, rules)
 
 
-def _run_router(engine: CompiledCore | PythonCore, scenario: Scenario, policy: str, router: Router) -> None:
+def _feeder(engine: CompiledCore | PythonCore, scenario: Scenario, plan: Plan) -> Callable[[int, int], None]:
+    """What plays the arrivals of requests `first` to `last - 1`."""
+    assert plan.router is not None
+    if not isinstance(plan.router, Router):
+        return partial(_run_rule, engine, scenario, plan.policy, plan.router)
     from llmopt.evaluate.kernel_route import build_routing
 
-    lost = engine.run(build_routing(scenario, router))
+    return partial(_run_router, engine, plan.policy, build_routing(scenario, plan.router))
+
+
+def _run_router(engine: CompiledCore | PythonCore, policy: str, routing: Routing, first: int, last: int) -> None:
+    lost = engine.route(routing, first, last)
     if lost >= 0:
         raise _too_large(engine.requests, policy, lost)
 
 
-def _run_rule(engine: CompiledCore | PythonCore, scenario: Scenario, policy: str, rule: RouterRule) -> None:
+def _run_rule(
+    engine: CompiledCore | PythonCore, scenario: Scenario, policy: str, rule: RouterRule, first: int, last: int
+) -> None:
     """Ask the rule at every arrival; the engine is told afterwards."""
     requests = engine.requests
     pools = [j for j, pool in enumerate(scenario.pools) for _ in range(pool.replicas)]
     room = [pool.largest for pool in scenario.pools]
     columns = (requests.arrival, requests.prompt, requests.output, requests.cls, requests.u)
-    for i, (time, prompt, output, cls, u) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+    rows = zip(*(c[first:last].tolist() for c in columns), strict=True)
+    for i, (time, prompt, output, cls, u) in enumerate(rows, first):
         states = [ReplicaState(r, pools[r], *state) for r, state in enumerate(engine.look(time))]
         r = ask(rule, policy, Incoming(i, time, prompt, output, cls, u), states)
         if prompt + output > room[pools[r]]:
             raise _too_large(requests, policy, i)
         engine.arrive(r, i, time)
-    engine.drain()
+
+
+def _stuck(policy: str, i: int) -> PolicyError:
+    from llmopt.evaluate.kernel_types import PATIENCE
+
+    return PolicyError(
+        f"policy {policy!r} preempted request {i} {PATIENCE} times, which may go on for ever; "
+        "admit less at once (protected, admission), clear fewer (clearing, victims) or keep tokens (overflow)"
+    )
 
 
 def _too_large(requests: Requests, policy: str, i: int) -> PolicyError:
