@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import oracle
 import pytest
 from simulator_cases import assert_same, build
 
@@ -18,6 +19,7 @@ from llmopt.evaluate.rules import rules_of
 from llmopt.evaluate.run import SimRun
 from llmopt.evaluate.simulate import simulate
 from llmopt.plan import Plan, index_router
+from llmopt.predictions import Noise
 from llmopt.steptable import StepTable
 from llmopt.workload import Requests
 
@@ -300,6 +302,8 @@ def some_rule(rng: np.random.Generator) -> Batcher:
         "overflow": str(rng.choice(["recompute", "swap"])),
         "victims": str(rng.choice(["youngest", "last", "least"])),
         "skips": int(rng.choice([0, 0, 2])),
+        "protected": float(rng.choice([0.0, 0.0, 0.2])),
+        "predictor": Noise(law="noise", sigma=1.0) if rng.random() < 0.5 else None,
     }
     if kind == "class":
         return Batcher(hold=Hold("class", (int(rng.integers(1, 4)), 2)), **common)
@@ -311,7 +315,7 @@ def some_rule(rng: np.random.Generator) -> Batcher:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_both_cores_end_every_request_and_keep_within_memory(seed: int) -> None:
+def test_both_cores_and_the_oracle_end_every_request_and_keep_within_memory(seed: int) -> None:
     rng = np.random.default_rng(seed)
     block, n = int(rng.choice([1, 2, 3])), 40
     pool = {
@@ -338,4 +342,5 @@ def test_both_cores_end_every_request_and_keep_within_memory(seed: int) -> None:
     assert (rep.used, rep.running, rep.waiting, rep.single_kv, rep.outstanding) == (0, 0, 0, 0, 0)
     run = simulate(scenario, plan, requests=sample)
     assert_same(core.result(), run)
+    assert_same(oracle.simulate(scenario, plan, sample), run)
     assert not np.isnan(run.finish).any() and run.replicas.peak[0] <= rep.blocks * block

@@ -47,7 +47,8 @@ def steps_to_wait(world: World, rep: Any, i: int) -> int:
             total -= rep.spent_tokens
             for k in range(rep.block):
                 classes[own + k] -= classes[rep.spent_classes + k]
-    if rep.peaks + rep.late_blocks + peak_of(world, rep, i) <= blocks:
+    # where nobody glides, singles that outlived their belief hold more than their peak
+    if not (rep.guess and rep.stepwise) and rep.peaks + rep.late_blocks + peak_of(world, rep, i) <= blocks:
         return 0
     due = ends = t
     while True:

@@ -123,7 +123,8 @@ def pause(world: World, rep: Any, prefilling: int) -> None:
 def serve(world: World, rep: Any, left: int) -> int:
     """Give tokens, and blocks for them, to the running requests that do not pause, in the order of the batch.
 
-    Others are preempted if memory runs out, and give back what they had. Returns what is left of the budget.
+    Others are preempted if memory runs out, and give back what they had, for those whose turn comes later. Returns what
+    is left of the budget.
     """
     i = rep.batch_head
     while i != NONE and left > 0:
@@ -135,7 +136,6 @@ def serve(world: World, rep: Any, left: int) -> int:
         req.taken = min(demand(rep, req), left)
         while req.preemptions == preemptions and rep.need + growth_of(rep, req) > rep.blocks - rep.used:
             left += strike(world, rep)
-            req.taken = min(demand(rep, req), left)
         if req.preemptions == preemptions:
             rep.need += growth_of(rep, req)
             left -= req.taken
