@@ -83,14 +83,20 @@ def by_arrival(instance: Rounds) -> Ints:
 RULES: dict[str, Callable[[Rounds], Ints]] = {"MC-SF": mc_sf, "skipping": skipping, "MC-Benchmark": by_arrival}
 
 
+def optimum(instance: Rounds) -> int:
+    """Least total latency in rounds."""
+    best = ExactHindsight().solve(instance, mc_sf(instance))
+    assert best.gap == 0, "an instance was not closed"
+    return best.latency
+
+
 def ratios(model: int, n: int, count: int) -> dict[str, Floats]:
     """Latency of each rule over the optimum, shape (count,)."""
     found = {name: np.empty(count) for name in RULES}
     for k, instance in enumerate(small_instances(model, n, count)):
-        best = ExactHindsight().solve(instance, mc_sf(instance))
-        assert best.gap == 0, f"instance {k} was not closed"
+        best = optimum(instance)
         for name, rule in RULES.items():
-            found[name][k] = instance.latency(rule(instance)) / best.latency
+            found[name][k] = instance.latency(rule(instance)) / best
     return found
 
 

@@ -146,9 +146,11 @@ class Wait:
 
     The thresholds are the least whole numbers with n_c >= lambda_c DT(n) and room for n_c requests at every stage,
     (B21) (B22): steps then come no faster than thresholds fill. They are per replica; rates are those of the scenario.
-    Where no thresholds can sustain the rates, they sustain the largest share of them that some can (`sustained`, None
-    where one request of each class in every stage already exceeds a cap). At
-    light load n_c is 1 and requests pause between arrivals of their class: the rule is made for heavy traffic.
+    Where no thresholds can sustain the rates, they sustain the largest share of them that some can (`sustained`). Where
+    one request of each class in every stage already exceeds a cap (None), the equilibrium starts less than one request
+    a step and there is nothing to gather: nobody is held back, and requests are admitted in order of arrival if they
+    fit to their end. At light load n_c is 1 and requests pause between arrivals of their class: the rule is made for
+    heavy traffic.
 
     Source: WAIT, Ao, Luo, Simchi-Levi, Wang, "Optimizing LLM Inference: Fluid-Guided Online Scheduling with Memory
     Constraints", arXiv 2504.11320. Reported guarantee: throughput near the fluid's in heavy traffic for known lengths
@@ -163,6 +165,8 @@ class Wait:
         flow = flow_of(scenario)
         counts, share = thresholds(flow)
         batcher = Batcher(hold=Hold("class", tuple(counts.tolist())))
+        if share is None:
+            batcher = Batcher(admission="lookahead")
         names = [cls.name for cls in scenario.workload.classes]
         figures = _figures(flow, dict(zip(names, counts.tolist(), strict=True)), counts, share)
         return Plan(self.name, batcher=batcher, figures=figures)
@@ -176,7 +180,7 @@ class NestedWait:
     classes as one. Of n_k requests n_k P(o > e_k | o > e_(k-1)) reach the next segment on average, and the next
     threshold is the least whole number above that, so that its first stage empties faster than it fills. What still
     gathers there is above b_k with a probability of at most `risk` / (m - 1), by Lundberg's exponent, (B23); memory
-    for it is kept free of admissions.
+    for it is kept free of admissions. Where `wait` finds nothing to gather, nobody is held back here either.
 
     Source: Nested WAIT of Ao, Luo, Simchi-Levi, Wang, arXiv 2504.11320. Kept are the nested segments, the gate at their
     first stages, and a safety buffer that grows with the logarithm of the risk. Ours are the edges, n_k and the size of
@@ -211,7 +215,8 @@ class NestedWait:
         tokens = self._tokens(scenario, shares, edges, extra)
         kept = min(0.5, max(tokens / pool.kv_capacity for pool in scenario.pools))
         figures = _figures(flow, {"edges": list(edges), "counts": list(counts)}, first, share)
-        batcher = Batcher(admission="optimistic", protected=kept, hold=Hold("stage", counts, edges))
+        hold = None if share is None else Hold("stage", counts, edges)
+        batcher = Batcher(admission="optimistic", protected=kept, hold=hold)
         return Plan(self.name, batcher=batcher, figures=figures | {"buffer_tokens": tokens, "buffer_requests": extra})
 
     def edges(self, scenario: Scenario, shares: Floats) -> tuple[int, ...]:

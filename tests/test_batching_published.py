@@ -32,9 +32,9 @@ def test_with_known_outputs_the_engine_plays_mc_sf(seed: int) -> None:
 def test_who_outruns_a_low_belief_starts_over() -> None:
     """Believed to make one token each, three requests of 4 tokens start in 6 tokens; worked by hand.
 
-    Rounds 1 and 2 hold 3 x 1 and 3 x 2 tokens. Round 3 would hold 9: the first starts over, believed to make 3. Round 4
-    would hold 8: the second starts over, believed to make 4, and the third ends. Both start then, hold 3 + 3 in round 7,
-    and 4 + 4 would not fit in round 8: the first starts over again, once the second has ended.
+    Rounds 1 and 2 hold 3 x 1 and 3 x 2 tokens. Round 3 would hold 9: the first starts over, believed to make 3. Round
+    4 would hold 8: the second starts over, believed to make 4, and the third ends. Both start then, hold 3 + 3 in round
+    7, and 4 + 4 would not fit in round 8: the first starts over again, once the second has ended.
     """
     instance = Rounds.together([(0, 4)] * 3, 6)
     played = play(instance, np.ones(3, dtype=np.int64))

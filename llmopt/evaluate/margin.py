@@ -48,9 +48,13 @@ def backlog_growth(scenario: Scenario, runs: Sequence[SimRun]) -> Growth:
 
 
 def _fastest(scenario: Scenario, runs: Sequence[SimRun], start: float, end: float, rate: float) -> Growth:
-    """Growth of the pool that grows fastest: one that cannot keep up is enough, however idle the others are."""
+    """Growth of the pool that grows fastest: one that cannot keep up is enough, however idle the others are.
+
+    Where batching is open all requests in the system count: a rule may admit everybody at once and finish nobody.
+    """
     times = np.linspace(start, end, POINTS)
-    backlogs = [run.waiting(times).astype(float) for run in runs]
+    whole = scenario.problem == "batching"
+    backlogs = [(run.in_system(times) if whole else run.waiting(times)).astype(float) for run in runs]
     pools = [pooled([growth(times, b[:, j], rate) for b in backlogs]) for j in range(len(scenario.pools))]
     return max(pools, key=lambda g: (not g.stable, g.relative))
 
