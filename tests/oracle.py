@@ -292,6 +292,9 @@ class Ticks:
                 replica.advance(time)
                 assert isinstance(replica.scheduler, RuledScheduler)
                 replica.scheduler.rank_anew(time)
+                if replica.idle:
+                    # new ranks are as good a reason to look again as an arrival
+                    replica.clock = time
             self.count += 1
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from llmopt.arrays import Floats, Ints
 from llmopt.batcher import Snapshot
 from llmopt.evaluate.kernel_queue import list_waiting, rank_anew
-from llmopt.evaluate.kernel_replan import halt, halt_at, list_beliefs, list_running, resume
+from llmopt.evaluate.kernel_replan import halt, halt_at, list_beliefs, list_running
 from llmopt.evaluate.kernel_route import Routing, drain, look, run
 from llmopt.evaluate.kernel_step import advance, arrive
 from llmopt.evaluate.kernel_types import Table, World, compiled
@@ -61,7 +61,7 @@ class Core(ABC):
         self.kernels.drain(self.world)
 
     def halt_at(self, time: float) -> None:
-        """Let no replica end a step after `time` (s) until they are resumed."""
+        """Let no replica end a step after `time` (s) until another time is said."""
         self.kernels.halt_at(self.world, time)
 
     def halt(self, time: float) -> Ints:
@@ -84,13 +84,9 @@ class Core(ABC):
         arrival, prompt = self.requests.arrival[numbers], self.requests.prompt[numbers]
         return Snapshot(time, pool, numbers, arrival, prompt, *beliefs.T, *batch.T)
 
-    def rank(self, r: int, numbers: Ints, keys: Floats) -> None:
-        """New keys for all requests that wait at replica `r`."""
-        self.kernels.rank_anew(self.world, r, numbers, keys)
-
-    def resume(self) -> None:
-        """End the steps that `halt` left under way."""
-        self.kernels.resume(self.world)
+    def rank(self, r: int, numbers: Ints, keys: Floats, time: float) -> None:
+        """New keys, from `time` (s) on, for all requests that wait at replica `r`."""
+        self.kernels.rank_anew(self.world, r, numbers, keys, time)
 
 
 class CompiledCore(Core):
@@ -106,7 +102,6 @@ class CompiledCore(Core):
         list_running=list_running,
         list_waiting=list_waiting,
         rank_anew=rank_anew,
-        resume=resume,
     )
 
     def __init__(self, pools: Sequence[Pool], requests: Requests, rules: Rules | None = None) -> None:

@@ -31,7 +31,7 @@ def join_queue(world: World, rep: Any, i: int) -> None:
         return
     if rep.counts > 0:
         count_in(world, rep, i, 1)
-    if rep.order == PREDICTED:
+    if rep.first_order == PREDICTED:
         term.key = term.believed
     push(world, rep, i)
     if rep.skips > 0 or rep.queue_head == i:
@@ -122,9 +122,11 @@ def list_waiting(world: World, r: int, numbers: Ints) -> None:
 
 
 @compiled
-def rank_anew(world: World, r: int, numbers: Ints, keys: Floats) -> None:
-    """Give all requests waiting at replica `r` new keys."""
+def rank_anew(world: World, r: int, numbers: Ints, keys: Floats, time: float) -> None:
+    """Give all requests waiting at replica `r` new keys; if it idles it may start a step at `time` by them."""
     rep = world.reps[r]
+    if rep.running == 0:
+        rep.clock = max(rep.clock, time)
     rep.queue_head = NONE
     rep.waiting = 0
     rep.retry = 0

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 from llmopt.arrays import Ints
-from llmopt.evaluate.kernel_step import advance, complete
+from llmopt.evaluate.kernel_step import advance
 from llmopt.evaluate.kernel_types import NONE, World, compiled
 from llmopt.evaluate.kernel_victims import believed_of
 
 
 @compiled
 def halt_at(world: World, time: float) -> None:
-    """Let no replica end a step after `time` until it is resumed."""
+    """Let no replica end a step after `time`, until another time is said."""
     for r in range(len(world.reps)):
         world.reps[r].halt = time
 
@@ -24,18 +22,6 @@ def halt(world: World, time: float, counts: Ints) -> None:
         advance(world, r, time)
         counts[r, 0] = world.reps[r].waiting
         counts[r, 1] = world.reps[r].running
-
-
-@compiled
-def resume(world: World) -> None:
-    """End the steps that were left under way."""
-    for r in range(len(world.reps)):
-        rep = world.reps[r]
-        rep.halt = math.inf
-        if rep.pending >= 0.0:
-            seconds = rep.pending
-            rep.pending = -1.0
-            complete(world, rep, seconds)
 
 
 @compiled

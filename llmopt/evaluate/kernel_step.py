@@ -30,7 +30,7 @@ from llmopt.evaluate.kernel_victims import make_room
 def advance(world: World, r: int, until: float) -> None:
     """Make every step of replica `r` that starts before `until`."""
     rep = world.reps[r]
-    if rep.pending >= 0.0:
+    if rep.pending >= 0.0 and not complete_pending(world, rep):
         return
     while rep.clock < until and rep.waiting + rep.running > 0:
         if rep.single_head != NONE or rep.gliding == 0 or glide(world, rep, until) == 0:
@@ -164,6 +164,17 @@ def duration(world: World, rep: Any) -> float:
         seconds = p[k] + p[k + 1] * rep.prefill + p[k + 2] * rep.decode + p[k + 3] * kv + p[k + 4] * pairs
         longest = max(longest, seconds)
     return longest
+
+
+@compiled
+def complete_pending(world: World, rep: Any) -> bool:
+    """End the step that was left under way, if it may end by now."""
+    if rep.clock + rep.pending > rep.halt:
+        return False
+    seconds = rep.pending
+    rep.pending = -1.0
+    complete(world, rep, seconds)
+    return True
 
 
 @inlined

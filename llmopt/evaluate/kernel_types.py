@@ -89,6 +89,8 @@ REPLICA = np.dtype(
         *((name, "i8") for name in ("ring", "mask", "bits", "classes", "scratch", "table")),
         # the rule: 1 if there is one; 1 if the queue is a heap; 1 if beliefs count and may err; blocks kept free
         *((name, "i8") for name in ("ruled", "heap", "guess", "order", "victims", "skips", "kept")),
+        # how the keys begin; `order` is how a preempted request gets its own
+        ("first_order", "i8"),
         # look-ahead: 1 if projections come true; 1 if that of the batch alone is known to fit; blocks of all
         # who run at their believed ends
         *((name, "i8") for name in ("steady", "sound", "peaks")),

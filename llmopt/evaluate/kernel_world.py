@@ -84,7 +84,8 @@ def _rule(reps: Table, requests: Requests, rules: Rules) -> None:
     """The fields by which replicas know their rule; believing the truth of all requests cannot err."""
     batcher = rules.batcher
     reps["ruled"] = batcher != FIFO
-    reps["order"] = ORDERS.index(batcher.order) if isinstance(batcher.order, str) and not batcher.replan else KEYS
+    reps["first_order"] = ORDERS.index(batcher.order) if isinstance(batcher.order, str) else KEYS
+    reps["order"] = KEYS if batcher.replan else reps["first_order"]
     plain = batcher.order == "arrival" and batcher.skips == 0 and not (batcher.release or batcher.replan)
     reps["heap"] = not plain or batcher.stepwise
     reps["guess"] = (reps["mode"] == LOOKAHEAD) & bool((rules.believed != requests.output).any())

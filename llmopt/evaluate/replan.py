@@ -51,9 +51,9 @@ def play_in_turns(
         counts = engine.halt(time)
         for r in np.flatnonzero(counts[:, 0]).tolist():
             seen = engine.snapshot(r, time, pools[r], counts[r])
-            engine.rank(r, seen.waiting, _ranked(policy, replan, seen))
-        engine.resume()
+            engine.rank(r, seen.waiting, _ranked(policy, replan, seen), time)
         busy = bool(counts.any())
+    engine.halt_at(math.inf)
 
 
 def _ranked(policy: str, replan: Replan, seen: Snapshot) -> Floats:
