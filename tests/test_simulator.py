@@ -98,7 +98,11 @@ def test_nothing_is_left_behind(mode: str) -> None:
         assert not core.world.reps[name].any(), name
     for name in ("queue_head", "batch_head", "batch_tail", "single_head", "single_tail"):
         assert (core.world.reps[name] == -1).all(), name
-    assert not core.world.classes[: core.world.reps["scratch"][0]].any() and not core.world.bits.any() and (core.world.ring == -1).all()
+    assert (
+        not core.world.classes[: core.world.reps["scratch"][0]].any()
+        and not core.world.bits.any()
+        and (core.world.ring == -1).all()
+    )
 
 
 def test_cores_agree_on_a_real_trace(shared: Path) -> None:

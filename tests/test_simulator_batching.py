@@ -24,20 +24,9 @@ from llmopt.scenario import Scenario
 from llmopt.workload import Requests
 from tests import oracle_batching
 
-SUPPORTED: tuple[str, ...] = ()
-"""Kinds of rules that the kernels know, of `BATCHERS`."""
-
 
 def plan_of(scenario: Scenario, batcher: Batcher) -> Plan:
     return check_plan(Plan("drawn", index_router(scenario), batcher=batcher), scenario)
-
-
-def kind_of(batcher: Batcher) -> str:
-    if batcher.hold is not None:
-        return str(batcher.hold.by)
-    if batcher.levels:
-        return "levels"
-    return "queue" if batcher.mixing == "decode-first" else "mixing"
 
 
 def check_cores(scenario: Scenario, batcher: Batcher, sample: Requests) -> SimRun:
@@ -45,9 +34,8 @@ def check_cores(scenario: Scenario, batcher: Batcher, sample: Requests) -> SimRu
     plan = plan_of(scenario, batcher)
     truth = oracle.simulate(scenario, plan, sample)
     assert not np.isnan(truth.finish).any()
-    if kind_of(batcher) in SUPPORTED:
-        for core in ("compiled", "python"):
-            assert_same(simulate(scenario, plan, requests=sample, core=core), truth)
+    for core in ("compiled", "python"):
+        assert_same(simulate(scenario, plan, requests=sample, core=core), truth)
     return truth
 
 
@@ -275,16 +263,15 @@ def test_a_snapshot_is_what_the_replica_is_between_steps() -> None:
     assert (first.emitted.tolist(), first.running_prompt.tolist(), first.running_predicted.tolist()) == ([0], [4], [3])
     assert (first.running_computed.tolist(), first.running_emitted.tolist()) == ([5], [2])
     assert [s.time for s in seen] == [2.5, 5.0, 7.5, 10.0] and sorted(seen[1].waiting) == [1, 2]
-    if "queue" in SUPPORTED:
-        truth = list(seen)
-        for core in ("compiled", "python"):
-            seen.clear()
-            simulate(scenario, plan_of(scenario, rule), requests=sample, core=core)
-            for ours, theirs in zip(seen, truth, strict=True):
-                assert ours[:2] == theirs[:2]
-                for name, column in ours._asdict().items():
-                    if name not in ("time", "pool"):
-                        assert sorted(column) == sorted(getattr(theirs, name)), name
+    truth = list(seen)
+    for core in ("compiled", "python"):
+        seen.clear()
+        simulate(scenario, plan_of(scenario, rule), requests=sample, core=core)
+        for ours, theirs in zip(seen, truth, strict=True):
+            assert ours[:2] == theirs[:2]
+            for name, column in ours._asdict().items():
+                if name not in ("time", "pool"):
+                    assert sorted(column) == sorted(getattr(theirs, name)), name
 
 
 # Dai, Deng, Li, Peng, arXiv 2504.07347, figure 8: A, B, C decode 2, 4 and 3 times; D and E arrive in the first batch.
@@ -325,7 +312,7 @@ def test_orca_overflows_where_sarathi_keeps_up() -> None:
     n = 1000
     sample = together(*[(290, 990)] * n, arrival=10.0 * np.arange(n))
     scenario = round_pool(10**7, token_budget=128, max_batch=100, first_token="decode", preemption="recompute")
-    for mixing, fewest, most in (("decode-first", 0, 0), ("prefill-first", 10, 30)) if "mixing" in SUPPORTED else ():
+    for mixing, fewest, most in (("decode-first", 0, 0), ("prefill-first", 10, 40)):
         run = simulate(scenario, plan_of(scenario, Batcher(mixing=mixing, clearing=0.5)), requests=sample)
         grown = np.diff(run.in_system(np.arange(1500.0, 10_000.0, 1400.0)).ravel())
         assert fewest <= grown.min() <= grown.max() <= most
@@ -334,8 +321,6 @@ def test_orca_overflows_where_sarathi_keeps_up() -> None:
 @pytest.mark.parametrize("mixing", ["prefill-only", "decode-only"])
 def test_whole_prompts_beyond_the_budget_are_refused(mixing: Any) -> None:
     """FasterTransformer and vLLM at 128 tokens a step never run (290, 990)."""
-    if "mixing" not in SUPPORTED:
-        return
     scenario = round_pool(10**7, token_budget=128, preemption="swap")
     sample = together((5, 5), (290, 990))
     for core in ("compiled", "python"):
@@ -383,6 +368,6 @@ def test_a_rule_that_clears_the_same_requests_for_ever_is_stopped() -> None:
     scenario, sample = round_pool(10), together(*[(2, 5)] * 3)
     with pytest.raises(oracle_batching.EndlessLoop, match="request 2 was preempted 10000 times"):
         oracle.simulate(scenario, plan_of(scenario, CLEARED), sample)
-    for core in ("compiled", "python") if "queue" in SUPPORTED else ():
+    for core in ("compiled", "python"):
         with pytest.raises(LLMOptError, match="preempt"):
             simulate(scenario, plan_of(scenario, CLEARED), requests=sample, core=core)
