@@ -126,7 +126,7 @@ def _batching_row(comparison: Comparison, outcome: Outcome) -> list[RenderableTy
         verdict(outcome.verdict),
         margin_text(outcome),
         f"{number(mean['e2e_mean'])} / {number(mean['e2e_p99'])}{mark}",
-        f"{comparison.ratio(outcome):.3f}{mark}",
+        "–" if math.isnan(comparison.ratio(outcome)) else f"{comparison.ratio(outcome):.3f}{mark}",
         f"{number(mean['ttft_p50'])} / {number(mean['ttft_p99'])}{mark}",
         number(1e3 * mean["tpot_p50"]),
         number(mean["queue_max"]),
@@ -150,9 +150,9 @@ def _comparison_notes(comparison: Comparison) -> Iterator[RenderableType]:
         style="dim",
     )
     if comparison.bound is not None:
-        by = ", ".join(dict.fromkeys(comparison.bound.by))
+        by = "; ".join(dict.fromkeys(comparison.bound.by))
         yield Text(
-            f"certified bound: no rule has a smaller mean E2E on these requests (by {by}); x bound: mean E2E over it; "
+            f"certified bound: no rule has a smaller mean E2E on these requests ({by}); x bound: mean E2E over it; "
             "Jain: 1 if all requests get their tokens equally fast; starved: waited longer than ten mean E2E",
             style="dim",
         )

@@ -29,6 +29,11 @@ Progress = Callable[[int, int, str], None]
 
 ROUNDING = 1e-9
 """Relative error of a sum of step times."""
+ARGUMENTS = {
+    "alone": "the latency of each request alone",
+    "order": "the order of one machine that shares its time at will",
+    "price": "a price on the replicas' time",
+}
 POINTS = 241
 """Instants at which a simulated backlog is looked at."""
 MOST_REQUESTS = 50_000_000
@@ -195,7 +200,7 @@ def certify(scenario: Scenario, arrivals: Mapping[int, Requests], outcomes: Sequ
     for s, requests in enumerate(arrivals.values()):
         measured = requests.part(in_window(scenario, requests.arrival))
         found = latency_bound(scenario.pools, measured.arrival, measured.prompt, measured.output)
-        certificates = [(found.mean, str(found.argument))]
+        certificates = [(found.mean, found.reason or ARGUMENTS[found.argument])]
         certificates += [
             (o.plan.bound(measured) / len(measured), o.policy) for o in outcomes if o.plan and o.plan.bound
         ]
