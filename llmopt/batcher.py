@@ -175,6 +175,8 @@ class Batcher:
 
 
 FIFO = Batcher()
+SHORTEST = 1e-3
+"""Seconds between two rankings at least; steps take longer."""
 _CHOICES = ("admission", "overflow", "victims", "belief", "mixing")
 
 
@@ -188,6 +190,7 @@ def check_batcher(name: str, batcher: object, scenario: Scenario) -> None:
     """
     if not isinstance(batcher, Batcher):
         raise PolicyError(f"policy {name!r}: the batcher is {type(batcher).__name__}; give a Batcher or None")
+    _check_kinds(name, batcher)
     for field in _CHOICES:
         known = get_args(get_type_hints(Batcher)[field])
         if getattr(batcher, field) not in known:
@@ -200,10 +203,62 @@ def check_batcher(name: str, batcher: object, scenario: Scenario) -> None:
             raise PolicyError(f"policy {name!r}: {field} = {value!r}; give a number from {low} to {high}")
     if any(b <= a for a, b in pairwise((0, *batcher.levels))):
         raise PolicyError(f"policy {name!r}: levels = {batcher.levels}; give increasing numbers of tokens from 1 on")
-    if batcher.replan is not None and not 0 < batcher.replan.every < np.inf:
-        raise PolicyError(f"policy {name!r}: plans every {batcher.replan.every!r} s; give a positive number of seconds")
+    if batcher.replan is not None and not batcher.replan.every < np.inf:
+        raise PolicyError(f"policy {name!r}: plans every {batcher.replan.every!r} s; give a finite number of seconds")
     _check_hold(name, batcher.hold, scenario)
     _check_together(name, batcher, scenario)
+
+
+def _check_kinds(name: str, batcher: Batcher) -> None:
+    """Refuse fields of another kind than they are declared."""
+    wrong = {
+        "skips": not _whole(batcher.skips),
+        "protected": not _real(batcher.protected),
+        "clearing": not _real(batcher.clearing),
+        "levels": not _wholes(batcher.levels),
+        "release": not (batcher.release is None or callable(batcher.release)),
+        "predictor": not (batcher.predictor is None or hasattr(batcher.predictor, "predict")),
+        "hold": not (batcher.hold is None or _is_hold(batcher.hold)),
+        "replan": not (batcher.replan is None or _is_replan(batcher.replan)),
+    }
+    for field, is_wrong in wrong.items():
+        if is_wrong:
+            value = getattr(batcher, field)
+            raise PolicyError(f"policy {name!r}: {field} = {value!r} cannot be used; give {_KINDS[field]}")
+
+
+_KINDS = {
+    "skips": "a whole number from 0 on",
+    "protected": "a number from 0 to 0.95",
+    "clearing": "a number above 0 and up to 1",
+    "levels": "a tuple of whole numbers of tokens",
+    "release": "a function of Candidates or None",
+    "predictor": "a predictor of llmopt.predictions, or None for the scenario's",
+    "hold": "Hold('class', counts) or Hold('stage', counts, edges), of whole numbers up to a million",
+    "replan": "Replan(every, rank): at least 0.001 s, and a function of Snapshot",
+}
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _real(value: object) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _wholes(values: object) -> bool:
+    return isinstance(values, tuple) and all(_whole(v) and v <= 10**6 for v in values)
+
+
+def _is_hold(hold: object) -> bool:
+    if not isinstance(hold, Hold) or not (_wholes(hold.counts) and _wholes(hold.edges)):
+        return False
+    return hold.by == "stage" or (hold.by == "class" and not hold.edges)
+
+
+def _is_replan(replan: object) -> bool:
+    return isinstance(replan, Replan) and _real(replan.every) and replan.every >= SHORTEST and callable(replan.rank)
 
 
 def _check_hold(name: str, hold: Hold | None, scenario: Scenario) -> None:

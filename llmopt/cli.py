@@ -97,7 +97,8 @@ def compare(
             from llmopt.text import comparison_view
 
             show(comparison_view(comparisons[-1]))
-    _write_comparisons(comparisons, json_file, report)
+    if all(_code(comparison) != LLMOptError.exit_code for comparison in comparisons):
+        _write_comparisons(comparisons, json_file, report)
     _exit_of_comparisons(comparisons, check)
 
 
@@ -265,12 +266,18 @@ def _write_comparisons(comparisons: Sequence[Comparison], json_file: str | None,
 def _exit_of_comparisons(comparisons: Sequence[Comparison], check: bool) -> None:
     """1 if a check fails or nothing was feasible, 2 if no policy of a scenario worked for another reason."""
     for comparison in comparisons:
-        statuses = [outcome.status for outcome in comparison.outcomes]
-        if all(status != "ok" for status in statuses):
-            infeasible = all(status.startswith("infeasible") for status in statuses)
-            raise click.exceptions.Exit(NO if infeasible else LLMOptError.exit_code)
+        if _code(comparison):
+            raise click.exceptions.Exit(_code(comparison))
         if check and not comparison.served:
             raise click.exceptions.Exit(NO)
+
+
+def _code(comparison: Comparison) -> int:
+    """The exit code of a comparison in which no policy worked; 0 if one did."""
+    statuses = [outcome.status for outcome in comparison.outcomes]
+    if any(status == "ok" for status in statuses):
+        return 0
+    return NO if all(status.startswith("infeasible") for status in statuses) else LLMOptError.exit_code
 
 
 def _mapping(columns: Sequence[str]) -> dict[str, str]:

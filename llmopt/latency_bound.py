@@ -227,7 +227,6 @@ def _order(load: _Load, tick: float) -> LatencyBound:
 def _served(load: _Load, shares: Sequence[Share], scale: Floats, tick: float) -> tuple[float, int]:
     """The bound (L4) and how many requests are in its set S, the best of those that arise when the quick leave S."""
     w, lag = load.rows(shares, scale)
-    lag = lag - load.arrival
     alone, inside = load.alone, np.ones(len(w), dtype=bool)
     best = (float(alone.sum()), 0)
     for _ in range(SPLITS):

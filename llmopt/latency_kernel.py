@@ -21,35 +21,39 @@ def compiled(function: F) -> F:
 
 @compiled
 def mean_busy(arrival: Floats, work: Floats, rank: Ints, order: Ints, speed: float, tick: float) -> Floats:
-    """Mean of the times at which each request is served, s, shape (n,), if the smallest whole work always goes first.
+    """Mean time from its arrival at which each request is served, s, shape (n,), if the smallest work goes first.
 
     One machine serves `speed` s of work per second and preempts at no cost. arrival: sorted; rank: place of each
     request in ascending order of work; order: its inverse. With `tick` > 0, whatever is served in a tick counts at the
-    tick's end. O(n log n).
+    tick's end. O(n log n). Times count from the start of a busy period and means from the arrival, so that nothing is
+    lost by cancellation however long the run is.
     """
     n = len(arrival)
     left, moment = work.copy(), np.zeros(n)
     waiting = [rank[0]]
     waiting.pop()
-    now, k = 0.0, 0
+    origin, now, k = 0.0, 0.0, 0
     while k < n or len(waiting) > 0:
-        if len(waiting) == 0:
-            now = max(now, arrival[k])
-        while k < n and arrival[k] <= now:
+        if len(waiting) == 0 and arrival[k] - origin > now:
+            origin = np.floor(arrival[k] / tick + 1e-9) * tick if tick > 0 else arrival[k]
+            now = max(arrival[k] - origin, 0.0)
+        while k < n and arrival[k] - origin <= now:
             heapq.heappush(waiting, rank[k])
             k += 1
         i = order[waiting[0]]
         end = now + left[i] / speed
-        if k < n and arrival[k] < end:
-            end = arrival[k]
+        if k < n and arrival[k] - origin < end:
+            end = arrival[k] - origin
             left[i] -= (end - now) * speed
         else:
             left[i] = 0.0
             heapq.heappop(waiting)
-        moment[i] += (_area(end, tick) - _area(now, tick)) if tick > 0 else (end - now) * (end + now) / 2
+        since = arrival[i] - origin
+        middle = (now - since + (end - since)) / 2
+        moment[i] += (_area(end, tick) - _area(now, tick) - since * (end - now)) if tick > 0 else (end - now) * middle
         now = end
     for i in range(n):
-        moment[i] = moment[i] * speed / work[i] if work[i] > 0 else arrival[i]
+        moment[i] = moment[i] * speed / work[i] if work[i] > 0 else 0.0
     return moment
 
 

@@ -137,8 +137,12 @@ def _sums(values: Floats) -> Floats:
 
 
 def _prefills(pool: Pool, prompt: Ints) -> _Phase:
-    """The prefill of each request in as few steps as chunks allow; other ways of cutting it take no less."""
+    """The prefill of each request in as few steps as the token budget allows; other ways of cutting take no less.
+
+    Rules that prefill whole prompts ignore the pool's `prefill_chunk`, so that it must be ignored here.
+    """
     s = prompt.astype(float)
+    pool = pool.model_copy(update={"prefill_chunk": None})
     steps = np.ceil(s / pool.chunk)
     work = _work(pool, np.column_stack([s, 0 * s, 0 * s, s * s / 2]))
     used = np.column_stack([prefill_area(Engine.of(pool), s) if len(s) else s, steps, s])
@@ -150,13 +154,14 @@ def _emissions(pool: Pool, most: int, preemptive: bool) -> tuple[_Phase, ...]:
 
     Besides the decode step, an engine that drops the cache of a preempted request may prefill its tokens again, and
     the last prefill step emits the next token: of c + 1 tokens, or of one if the others are found in a cache. That is
-    cheap on pieces that do not charge for prefill, so that it must be allowed for.
+    cheap on pieces that do not charge for prefill, so that it must be allowed for, whatever the pool's own engine does:
+    a rule may drop caches where the engine would not.
     """
     c = np.arange(most, dtype=float)
     blocks = np.ceil((c + 1 + pool.lookahead_slots) / pool.block_size) * pool.block_size
     zero, one = np.zeros(most), np.ones(most)
     decode = _phase(pool, np.column_stack([zero, one, c, zero]), np.column_stack([blocks, one, one]))
-    if not preemptive or not pool.first_step or pool.preemption not in ("recompute", "lookahead"):
+    if not preemptive or not pool.first_step:
         return (decode,)
     m = one if pool.prefix_caching else c + 1
     pairs = m * (c + 1 - m) + m * m / 2

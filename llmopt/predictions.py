@@ -38,9 +38,17 @@ class PredictorBase(InputModel, ABC):
         """Point, low and high before they are rounded and capped, arrays of shape (n_requests,)."""
 
     def predict(self, requests: Requests, classes: Sequence[RequestClass], room: int) -> Predicted:
-        """Predictions for all requests, none below 1 or above what fits into `room` tokens beside the prompt."""
+        """Predictions for all requests, cut to 1 and to what fits into `room` tokens beside the prompt.
+
+        Raises
+        ------
+        ValueError
+            If the guess is not finite.
+        """
         most = np.maximum(room - requests.prompt, 1)
         point, low, high = self.guess(requests, classes)
+        if not all(np.isfinite(np.asarray(values, dtype=float)).all() for values in (point, low, high)):
+            raise ValueError("its guess has NaN or infinite entries")
         whole = (np.rint(point), np.ceil(low), np.floor(high))
         best, least, largest = (np.clip(values, 1, most).astype(np.int64) for values in whole)
         return Predicted(best, np.minimum(least, best), np.maximum(largest, best))

@@ -157,7 +157,10 @@ def _comparison_notes(comparison: Comparison) -> Iterator[RenderableType]:
             style="dim",
         )
     if any(o.clairvoyant for o in comparison.outcomes):
-        yield Text("† knows all requests and their outputs before they come; no engine can run it", style="dim")
+        yield Text(
+            "† knows more than the predictions say: outputs, or all requests before they come; no engine can run it",
+            style="dim",
+        )
     if any(o.growing for o in comparison.outcomes):
         yield Text("* the backlog grew in these runs, so this number depends on how long they were", style="dim")
     for note in comparison.notes:

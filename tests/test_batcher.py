@@ -46,8 +46,8 @@ REQUESTS = Requests(
         (Batcher(skips=-1), r"skips = -1; give a number from 0 to 1000000000"),
         (Batcher(levels=(0, 5)), r"levels = \(0, 5\); give increasing numbers of tokens from 1 on"),
         (Batcher(levels=(5, 5)), r"levels = \(5, 5\); give increasing numbers of tokens from 1 on"),
-        (Batcher(replan=Replan(0.0, lambda s: s.arrival)), r"plans every 0.0 s; give a positive number of seconds"),
-        (Batcher(replan=Replan(float("inf"), lambda s: s.arrival)), r"plans every inf s; give a positive number"),
+        (Batcher(replan=Replan(0.0, lambda s: s.arrival)), r"replan = .* cannot be used; give Replan"),
+        (Batcher(replan=Replan(float("inf"), lambda s: s.arrival)), r"plans every inf s; give a finite number"),
         (Batcher(hold=Hold("class", (1,))), r"thresholds are \(1,\); give 2 whole numbers from 1 on"),
         (Batcher(hold=Hold("class", (1, 0))), r"thresholds are \(1, 0\); give 2 whole numbers from 1 on"),
         (Batcher(hold=Hold("stage", (1, 1), (1, 2))), r"thresholds are \(1, 1\); give 3 whole numbers from 1 on"),
@@ -181,3 +181,30 @@ def test_the_pool_as_the_theory_sees_it(mode: str, batcher: Batcher, expected: s
     assert (seen.preemption, seen.kv_capacity) == (expected, 7500)
     assert seen.prefix_caching == (given.prefix_caching and expected == "recompute")
     assert batcher.engine(given).kv_capacity == 10_000
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"skips": 1.5},
+        {"skips": True},
+        {"skips": "2"},
+        {"protected": "a"},
+        {"levels": 5},
+        {"levels": (1.5, 10)},
+        {"hold": 3},
+        {"hold": Hold("foo", (1,))},  # type: ignore[arg-type]
+        {"hold": Hold("class", (1,), (5,))},
+        {"hold": Hold("class", (10**30,))},
+        {"replan": 5},
+        {"replan": Replan(1e-9, lambda snapshot: snapshot.arrival)},
+        {"predictor": "noise"},
+        {"release": 3.0},
+    ],
+    ids=str,
+)
+def test_fields_of_another_kind_are_refused_in_one_sentence(change: dict[str, Any]) -> None:
+    field = next(iter(change))
+    with pytest.raises(PolicyError, match=f"policy 'x': {field} = .* cannot be used; give ") as refused:
+        check_batcher("x", Batcher(**change), QUESTION)
+    assert "\n" not in str(refused.value)

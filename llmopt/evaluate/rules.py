@@ -10,7 +10,7 @@ from llmopt.arrays import Floats, Ints
 from llmopt.batcher import FIFO, Batcher, Candidates, Rule
 from llmopt.errors import PolicyError
 from llmopt.plan import Plan
-from llmopt.predictions import Predicted, check_predicted
+from llmopt.predictions import ORACLE, Predicted, check_predicted
 from llmopt.scenario import Scenario
 from llmopt.workload import Requests
 
@@ -44,12 +44,13 @@ def rules_of(scenario: Scenario, plan: Plan, requests: Requests) -> Rules:
         the rule never cuts fits into no step.
     """
     batcher = plan.batcher
-    if batcher == FIFO:
+    looks = any(pool.preemption == "lookahead" and not pool.async_scheduling for pool in scenario.pools)
+    if batcher == FIFO and (scenario.predictions == ORACLE or not looks):
         return first_come(requests)
     if batcher.mixing in ("prefill-only", "decode-only"):
         _check_whole(scenario, plan, requests)
     room = max(pool.largest for pool in scenario.pools)
-    predicted = batcher.predictor_of(scenario).predict(requests, scenario.workload.classes, room)
+    predicted = _predicted(scenario, plan, requests, room)
     check_predicted(predicted, requests, room, plan.policy)
     seen = candidates(requests, predicted, batcher)
     keys = _asked(plan.policy, "order", batcher.order, seen) if callable(batcher.order) else np.zeros(len(requests))
@@ -57,6 +58,16 @@ def rules_of(scenario: Scenario, plan: Plan, requests: Requests) -> Rules:
         np.zeros(len(requests)) if batcher.release is None else _asked(plan.policy, "release", batcher.release, seen)
     )
     return Rules(batcher, keys, seen.predicted, release)
+
+
+def _predicted(scenario: Scenario, plan: Plan, requests: Requests, room: int) -> Predicted:
+    """What the predictor in force says."""
+    try:
+        point, low, high = plan.batcher.predictor_of(scenario).predict(requests, scenario.workload.classes, room)
+    except Exception as error:
+        what = f"its predictor raised {type(error).__name__}: {error}"
+        raise PolicyError(f"policy {plan.policy!r}: {what}; return point, low and high of every request") from error
+    return Predicted(point, low, high)
 
 
 def candidates(requests: Requests, predicted: Predicted, batcher: Batcher) -> Candidates:
