@@ -163,9 +163,24 @@ _OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"
 
 def compiled(function: F) -> F:
     """Compile with numba, cached on disk."""
-    return cast(F, numba.njit(**_OPTIONS)(function))
+    return cast(F, _plainly(numba.njit(**_OPTIONS)(function)))
 
 
 def inlined(function: F) -> F:
     """As `compiled`, for functions with one caller: handing all arrays over would cost more than the call's work."""
-    return cast(F, numba.njit(forceinline=True, **_OPTIONS)(function))
+    return cast(F, _plainly(numba.njit(forceinline=True, **_OPTIONS)(function)))
+
+
+def _plainly(dispatcher: Any) -> Any:
+    """Compile without trying to vectorise loops: kernels follow links, and the attempt takes half of the time."""
+    compile_now, config = dispatcher.compile, cast(Any, numba.config)
+
+    def compile_plainly(signature: Any) -> Any:
+        before, config.LOOP_VECTORIZE = config.LOOP_VECTORIZE, 0
+        try:
+            return compile_now(signature)
+        finally:
+            config.LOOP_VECTORIZE = before
+
+    dispatcher.compile = compile_plainly
+    return dispatcher
