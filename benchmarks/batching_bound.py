@@ -44,6 +44,7 @@ def judged(what: str, scenario: Scenario, requests: Requests) -> None:
 
 
 def faster(requests: Requests, factor: float) -> Requests:
+    """The requests at `factor` times their rate."""
     return replace(requests, arrival=requests.arrival / factor)
 
 
@@ -82,6 +83,7 @@ def rounds(n: int) -> None:
 
 
 def main() -> None:
+    """Print one line for each load."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--large", type=int, default=0, help="also azure-conv with this many requests")

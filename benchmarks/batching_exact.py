@@ -62,6 +62,7 @@ def relaxations(n: int, seed: int, limit: float) -> str:
 
 
 def summary(n: int, found: list[Hindsight], limit: float) -> str:
+    """How many closed, and the median and worst gap."""
     gaps = [h.gap for h in found]
     closed = sum(gap == 0 for gap in gaps)
     return (
@@ -71,6 +72,7 @@ def summary(n: int, found: list[Hindsight], limit: float) -> str:
 
 
 def main() -> None:
+    """Print one line for each instance and a summary for each size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two instances each of 10 and 15 requests")
     parser.add_argument("--seeds", type=int, default=10)

@@ -26,6 +26,20 @@ def compiled(function: F) -> F:
 
 
 @compiled
+def earliest_start(p: int, prompt: int, output: int, capacity: int, usage: Ints) -> int:
+    """The first round from p on in which a request can start beside `usage` (tokens by rounds) and run to its end."""
+    k = output
+    while k > 0:
+        room = max(capacity - usage[p + k] - prompt, 0)
+        if room < k:
+            p += k - room
+            k = output
+        else:
+            k -= 1
+    return p
+
+
+@compiled
 def list_schedule(
     order: Ints, arrival: Ints, prompt: Ints, output: Ints, capacity: int, usage: Ints, start: Ints
 ) -> int:
@@ -33,14 +47,7 @@ def list_schedule(
     usage[:] = 0
     total = 0
     for i in order:
-        p, k = arrival[i], output[i]
-        while k > 0:
-            room = max(capacity - usage[p + k] - prompt[i], 0)
-            if room < k:
-                p += k - room
-                k = output[i]
-            else:
-                k -= 1
+        p = earliest_start(arrival[i], prompt[i], output[i], capacity, usage)
         for k in range(1, output[i] + 1):
             usage[p + k] += prompt[i] + k
         start[i] = p

@@ -12,25 +12,14 @@ from llmopt.rounds import Rounds
 from llmopt.scenario import Pool, Scenario
 
 LEAST_PERIOD = 1e-3
-QUEUE = ("waiting", "arrival", "prompt", "predicted", "emitted")
-
-
-def by_number(snapshot: Snapshot) -> Snapshot:
-    """The snapshot with its waiting requests in order of their numbers, so that ties go to the earlier arrival."""
-    order = np.argsort(snapshot.waiting, kind="stable")
-    queue = (getattr(snapshot, name)[order] for name in QUEUE)
-    return snapshot._replace(**dict(zip(QUEUE, queue, strict=True)))
 
 
 def ranking(rule: Callable[[Snapshot], Ints]) -> Ranking:
-    """Keys of waiting requests by a rule that puts them into an order, however the snapshot lists them."""
+    """Keys of waiting requests by a rule that puts them into an order; a snapshot lists them by number."""
 
     def rank(snapshot: Snapshot) -> Floats:
         """Keys of the waiting requests, shape (w,)."""
-        sorted_ = by_number(snapshot)
-        keys = np.empty(len(snapshot.waiting))
-        keys[np.argsort(snapshot.waiting, kind="stable")] = keys_of(rule(sorted_), waiting_rounds(sorted_).volume)
-        return keys
+        return keys_of(rule(snapshot), waiting_rounds(snapshot).volume)
 
     return rank
 

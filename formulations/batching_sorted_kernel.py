@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from formulations.batching_kernels import compiled
+from formulations.batching_kernels import compiled, earliest_start
 from llmopt.arrays import Ints
 
 
@@ -79,14 +79,8 @@ def prefix_schedule(order: Ints, running: int, prompt: Ints, output: Ints, capac
     usage[:] = 0
     total = p = 0
     for place, i in enumerate(order):
-        k = output[i] if place >= running else 0
-        while k > 0:
-            room = max(capacity - usage[p + k] - prompt[i], 0)
-            if room < k:
-                p += k - room
-                k = output[i]
-            else:
-                k -= 1
+        if place >= running:
+            p = earliest_start(p, prompt[i], output[i], capacity, usage)
         for age in range(1, output[i] + 1):
             usage[p + age] += prompt[i] + age
         total += p + output[i]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from llmopt.arrays import Floats
 from llmopt.errors import LLMOptError, PolicyError, ScenarioError
 from llmopt.plan import Plan, check_plan
 from llmopt.policy import Policy
+from llmopt.predictions import ORACLE
 from llmopt.reading import load_scenario
 from llmopt.registry import get_policy, policy_names, short_error
 from llmopt.scenario import Scenario
@@ -98,8 +100,13 @@ def stability(scenario: Scenario | str | Path, policy: str | Policy = EXACT) -> 
             f"policy {answer.policy!r} lets running requests pause, for which there is no theory; use llmopt compare"
         )
     if known.problem == "batching" and answer.fractions is None:
-        known = answer.batcher.served(known)
-        return assess(known, _split(known), router=answer.policy)
+        served = answer.batcher.served(known)
+        report = assess(served, _split(served), router=answer.policy)
+        looks = any(pool.preemption == "lookahead" for pool in served.pools)
+        if not looks or answer.batcher.predictor_of(known) == ORACLE:
+            return report
+        said = "Look-ahead is assessed as if outputs were known; where they are guessed, llmopt compare tells."
+        return replace(report, sentences=(*report.sentences, said))
     if answer.fractions is None:
         raise ScenarioError(
             f"policy {answer.policy!r} routes by the state of the replicas and has no fixed split to assess; "

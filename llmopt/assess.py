@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from llmopt.arrays import Floats
+from llmopt.arrivals import PULSE
 from llmopt.capacity import Capacity, replica_capacity
 from llmopt.errors import ScenarioError
 from llmopt.limits import PoolPhysics, pool_physics
@@ -304,6 +305,8 @@ def _needs(p: PoolReport) -> list[str]:
 def _peaks(pools: tuple[PoolReport, ...]) -> list[str]:
     """What a time-varying rate does, if it varies."""
     worst = max(pools, key=lambda p: p.peak_load)
+    if worst.peak_load > worst.load / PULSE * (1 - 1e-9):
+        return ["All requests come at once: loads say how many such runs a pool can carry, one after the other."]
     if worst.peak_load <= worst.load * (1 + 1e-9):
         return []
     said = f"Arrivals vary in time: the mean load of pool {worst.pool!r} is {worst.load:.3f}, at the peak it is "

@@ -40,13 +40,17 @@ class Candidates(NamedTuple):
     low: Ints
     high: Ints
 
+    def head(self, n: int) -> Candidates:
+        """The first `n` requests."""
+        return Candidates(*(column[:n] for column in self))  # type: ignore[arg-type]
+
 
 class Snapshot(NamedTuple):
     """One replica between two steps, for a rule that ranks its queue anew.
 
-    time (s); pool; waiting: numbers of its waiting requests, shape (w,), with their arrival (s), prompt, predicted
-    output and the output tokens they had emitted before they were preempted; for those that run, shape (r,): prompt,
-    predicted, computed KV tokens and emitted output tokens.
+    time (s); pool; waiting: increasing numbers of its waiting requests, shape (w,), with their arrival (s), prompt,
+    predicted output and the output tokens they had emitted before they were preempted; for those that run, shape (r,):
+    prompt, predicted, computed KV tokens and emitted output tokens.
     """
 
     time: float
@@ -73,6 +77,9 @@ class Replan:
     every: float
     rank: Ranking
 
+    def __str__(self) -> str:
+        return f"every {self.every:.4g} s"
+
 
 @dataclass(frozen=True)
 class Hold:
@@ -88,6 +95,11 @@ class Hold:
     counts: tuple[int, ...]
     edges: tuple[int, ...] = ()
 
+    def __str__(self) -> str:
+        counts = ", ".join(map(str, self.counts))
+        edges = f", cut at {', '.join(map(str, self.edges))} output tokens" if self.edges else ""
+        return f"until {counts} wait, by {self.by}{edges}"
+
 
 @dataclass(frozen=True)
 class Batcher:
@@ -95,7 +107,7 @@ class Batcher:
 
     order: "arrival"; "predicted" (fewest believed output tokens first); or a function of `Candidates` that returns keys
     of shape (n,), smaller first. Ties go to the earlier arrival. The key of a request must depend on its own row only,
-    unless the rule is `clairvoyant`.
+    unless the rule is `clairvoyant`: what depends on later ones is refused.
     release: a function of `Candidates` that returns the time (s) before which a request is not admitted.
     admission: "lookahead" (the batch with the candidate fits at every later step, as believed), "optimistic" (it fits
     now), or what the pool's engine does.
@@ -160,7 +172,7 @@ class Batcher:
     def described(self) -> dict[str, str]:
         """The fields that differ from the engine's own rule, functions by their names."""
         own = ((f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default)
-        return {name: getattr(value, "__name__", None) or str(value) for name, value in own}
+        return {name: getattr(value, "__name__", None) or str(value) for name, value in own if value is not None}
 
     @property
     def stepwise(self) -> bool:

@@ -143,9 +143,13 @@ def _judged(mix: Mix, saturation: Saturation, outer: float, largest: int) -> Cap
     )
 
 
+SAME = 0.005
+"""Rates that differ by less are not worth a caveat."""
+
+
 def _caveats(mix: Mix, saturation: Saturation, locked: float | None, modes: int, share: float) -> list[str]:
     mode, said = mix.pool.preemption, []
-    if locked is not None:
+    if locked is not None and locked < saturation.rate * (1 - SAME):
         said.append(
             f"Lengths vary too little to keep requests apart under {mode}, so they can fall into step after a burst; "
             f"then a replica serves only {locked:.4g} requests/s, not {saturation.rate:.4g}; the bound "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from llmopt import __version__
 from llmopt.plan import Plan, Router
@@ -62,7 +62,10 @@ def catalogue() -> dict[str, dict[str, str]]:
     from llmopt.registry import get_policy, policy_names
 
     return {
-        "policies": {name: first_line(get_policy(name)) for name in policy_names()},
+        **{
+            f"{problem} policies": {name: first_line(get_policy(name)) for name in policy_names(problem)}
+            for problem in get_args(Scenario.model_fields["problem"].annotation)
+        },
         "scenarios": {name: _question(path.read_text(encoding="utf-8")) for name, path in bundled_scenarios().items()},
         "hardware": {name: catalog_entry(name).description for name in catalog_names()},
         "models": {name: model_shape(name).summary for name in model_names()},

@@ -17,8 +17,8 @@ from llmopt.text import headline, margin_text
 CAPTIONS = {
     "backlog": "Requests waiting over time. Filled: simulated, mean over seeds. Dashed: fluid model.",
     "load": "Estimated load of each pool. Beyond 1 a pool cannot keep up, whatever the order of service.",
-    "latency": "Distributions over the measured requests of all seeds. Dashed where the policy is not stable: these "
-    "latencies grow with the length of the simulation.",
+    "latency": "Distributions over the measured requests of all seeds. Dashed where the backlog grew in the run: these "
+    "latencies grow with its length.",
 }
 COLUMNS = {
     "ttft_p50": ("TTFT p50", "s", 1.0),

@@ -103,7 +103,7 @@ def _backlog_panel(axis: Axes, outcome: Outcome) -> None:
     if outcome.fluid is not None:
         inside = outcome.fluid.times <= (np.inf if outcome.simulated is None else outcome.simulated.times[-1])
         axis.plot(outcome.fluid.times[inside] / 60, outcome.fluid.backlog[inside].sum(axis=1), "--", color="k", lw=0.9)
-    axis.set_title(f"{outcome.policy}: {outcome.verdict or 'not simulated'}", color=colour)
+    axis.set_title(f"{outcome.policy}: {outcome.verdict or 'no verdict'}", color=colour)
 
 
 def _ecdf(axis: Axes, values: Floats, i: int, outcome: Outcome) -> None:

@@ -161,6 +161,11 @@ def _comparison_notes(comparison: Comparison) -> Iterator[RenderableType]:
             "† knows more than the predictions say: outputs, or all requests before they come; no engine can run it",
             style="dim",
         )
+    if any(o.ok and math.isnan(o.margin) for o in comparison.outcomes):
+        yield Text("– as margin: no long run of this rule; its verdict is that of the measured window", style="dim")
+    for outcome in comparison.outcomes:
+        if outcome.plan is not None and "note" in outcome.plan.figures:
+            yield Text(f"{outcome.policy}: {outcome.plan.figures['note']}", style="dim")
     if any(o.growing for o in comparison.outcomes):
         yield Text("* the backlog grew in these runs, so this number depends on how long they were", style="dim")
     for note in comparison.notes:
@@ -181,6 +186,8 @@ def plan_view(plan: Plan, scenario: Scenario) -> Iterator[RenderableType]:
     simple = {key: value for key, value in plan.figures.items() if isinstance(value, int | float)}
     if simple:
         yield pairs("figure", "value", simple)
+    if "note" in plan.figures:
+        yield Text(str(plan.figures["note"]))
     by_pool = {key: plan.figures[key] for key in ("load", "replicas_used") if plan.figures.get(key)}
     if by_pool:
         table = grid("pool", right=["replicas", *(key.replace("_", " ") for key in by_pool)])

@@ -112,6 +112,7 @@ class RuledScheduler(Scheduler):
     def rank_anew(self, time: float) -> None:
         assert self.rule.replan is not None
         if self.waiting:
+            self.waiting.sort(key=lambda o: o.number)
             keys = self.rule.replan.rank(self.snapshot(time))
             for order, key in zip(self.waiting, keys, strict=True):
                 order.key = float(key)

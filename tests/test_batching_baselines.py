@@ -55,13 +55,7 @@ def policy(request: pytest.FixtureRequest) -> Policy:
     return registry.get_policy(request.param)
 
 
-def test_is_a_frozen_dataclass_that_says_its_rule_and_its_source(policy: Policy) -> None:
-    assert isinstance(policy, Policy)
-    assert dataclasses.is_dataclass(policy)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        setattr(policy, dataclasses.fields(policy)[0].name, None)
-    assert policy.name == policy.name.lower().strip()
-    assert hash(policy) == hash(policy)
+def test_says_its_source(policy: Policy) -> None:
     assert "Source:" in (type(policy).__doc__ or "")
 
 

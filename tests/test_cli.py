@@ -165,7 +165,8 @@ def test_a_trace_replaces_the_arrivals_of_a_scenario(tiny: Path):
 
 def test_list_names_policies_scenarios_and_hardware():
     data = answered("list")
-    assert {"max-margin", "jsq"} <= data["policies"].keys()
+    assert {"max-margin", "jsq"} <= data["routing policies"].keys()
+    assert {"hindsight", "fifo"} <= data["batching policies"].keys()
     assert "quickstart" in data["scenarios"] and data["hardware"]
     assert all(line for part in data.values() for line in part.values())
     assert "max-margin" in llmopt("list").stdout

@@ -45,7 +45,9 @@ def policy(request: pytest.FixtureRequest) -> Policy:
     return registry.get_policy(request.param)
 
 
-def test_is_a_frozen_dataclass_with_a_usable_name(policy: Policy) -> None:
+@pytest.mark.parametrize("name", registry.policy_names())
+def test_is_a_frozen_dataclass_with_a_usable_name(name: str) -> None:
+    policy = registry.get_policy(name)
     assert isinstance(policy, Policy)
     assert dataclasses.is_dataclass(policy)
     inner = policy.formulation if isinstance(policy, Optimized) else policy

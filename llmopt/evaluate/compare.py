@@ -160,13 +160,19 @@ class _Game:
         margin = theory.critical_rate / theory.rate
         if not (plan.batcher.clairvoyant or plan.batcher.replan):
             self.tell(f"{policy.name}: search for the margin", 0)
-            with self.timed("margin"):
-                played = self.long if isinstance(plan.router, Router) else self.long.head(ASKED)
-                bracket = simulated_margin(self.scenario, plan, played, margin)
-            outcome = replace(outcome, bracket=bracket)
+            outcome = replace(outcome, bracket=self.bracket(plan, margin))
         if not decided(self.scenario, plan):
             return outcome
         return replace(outcome, theory=margin, error=theory.error, outer=theory.outer_rate / theory.rate)
+
+    def bracket(self, plan: Plan, guess: float) -> tuple[float, float]:
+        """The margin by long runs, whose requests are others than those measured; an error says so."""
+        played = self.long if isinstance(plan.router, Router) else self.long.head(ASKED)
+        with self.timed("margin"):
+            try:
+                return simulated_margin(self.scenario, plan, played, guess)
+            except LLMOptError as error:
+                raise PolicyError(f"in the long runs for the margin, {error}") from error
 
     @contextmanager
     def timed(self, key: str) -> Iterator[None]:

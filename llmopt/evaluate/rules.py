@@ -53,7 +53,11 @@ def rules_of(scenario: Scenario, plan: Plan, requests: Requests) -> Rules:
     predicted = _predicted(scenario, plan, requests, room)
     check_predicted(predicted, requests, room, plan.policy)
     seen = candidates(requests, predicted, batcher)
-    keys = _asked(plan.policy, "order", batcher.order, seen) if callable(batcher.order) else np.zeros(len(requests))
+    keys = np.zeros(len(requests))
+    if callable(batcher.order):
+        keys = _asked(plan.policy, "order", batcher.order, seen)
+        if not batcher.clairvoyant:
+            _check_own_rows(plan.policy, "order", batcher.order, seen, keys)
     release = (
         np.zeros(len(requests)) if batcher.release is None else _asked(plan.policy, "release", batcher.release, seen)
     )
@@ -99,6 +103,21 @@ def _asked(policy: str, what: str, rule: Rule, seen: Candidates) -> Floats:
         values = np.asarray(rule(seen), dtype=float)
     except Exception as error:
         raise PolicyError(f"policy {policy!r}: its {what} raised {type(error).__name__}: {error}; {remedy}") from error
-    if values.shape != seen.arrival.shape or not np.isfinite(values).all():
-        raise PolicyError(f"policy {policy!r}: its {what} returned numbers that cannot be used; {remedy}")
+    if values.shape != seen.arrival.shape:
+        raise PolicyError(f"policy {policy!r}: its {what} returned numbers of shape {values.shape}; {remedy}")
+    if not np.isfinite(values).all():
+        i = int(np.argmax(~np.isfinite(values)))
+        raise PolicyError(f"policy {policy!r}: its {what} returned {values[i]} for request {i}; {remedy}")
     return values
+
+
+def _check_own_rows(policy: str, what: str, rule: Rule, seen: Candidates, values: Floats) -> None:
+    """Refuse a rule whose answer for the first half of the requests changes when the others are there."""
+    half = len(values) // 2
+    alone = _asked(policy, what, rule, seen.head(half)) if half else values[:0]
+    if not np.array_equal(alone, values[:half]):
+        i = int(np.argmax(alone != values[:half]))
+        raise PolicyError(
+            f"policy {policy!r}: its {what} for request {i} depends on requests that come later; let every row depend "
+            "on itself alone, or set clairvoyant = True"
+        )
