@@ -95,13 +95,13 @@ def evaluated(instance: TimedInstance, start: Ints) -> Timed:
 
 @dataclass(frozen=True)
 class TimedSchedule:
-    """min sum_i (C_i - a_i), steps lasting T_t >= a_k + b_k P_t + c_k D_t + d_k K_t + e_k Q_t on every piece k.
+    """min sum_i (C_i - a_i), steps lasting T_t >= a_k + b_k P_t + c_k D_t + d_k K_t + e_k Q_t on every piece k (B13).
 
     Exact for one replica, whole prefills, first tokens by prefill, no pause and no preemption, and memory counted as
     in rounds, s + k tokens in the k-th step. A step begins W_t >= 0 s after the one before it. With x_ip = 1 if i
     starts after step p and u_it = 1 - sum_{p + o_i < t} x_ip, 1 while i is unfinished,
 
-        sum_i C_i  =  sum_it v_it,   v_it = u_it (W_t + T_t)  >=  W_t + T_t - B (1 - u_it)                      (B10)
+        sum_i C_i  =  sum_it v_it,   v_it = u_it (W_t + T_t)  >=  W_t + T_t - B (1 - u_it)                      (B14)
 
     where B is at least the longest possible W_t + T_t. The product is exact at whole x since v is minimised. For
     some ten steps: the number of v grows with n times the sum of outputs.
@@ -139,7 +139,7 @@ class TimedSchedule:
 
 
 def _times(m: Any, instance: TimedInstance) -> None:
-    """T_t on every piece, and (B10) with what it implies for single requests."""
+    """(B13) on every piece, and (B14) with what it implies for single requests."""
     import pyomo.environ as pyo
 
     n, pieces = len(instance.rounds), instance.stepper.coefficients
