@@ -108,7 +108,7 @@ class Batcher:
     order: "arrival"; "predicted" (fewest believed output tokens first); or a function of `Candidates` that returns keys
     of shape (n,), smaller first. Ties go to the earlier arrival. The key of a request must depend on its own row only,
     unless the rule is `clairvoyant`: what depends on later ones is refused.
-    release: a function of `Candidates` that returns the time (s) before which a request is not admitted.
+    release: a function of `Candidates` that returns the time (s) before which a request is not admitted; likewise.
     admission: "lookahead" (the batch with the candidate fits at every later step, as believed), "optimistic" (it fits
     now), or what the pool's engine does.
     overflow: what happens to a preempted request; "pool" means recompute where the pool's engine never preempts.

@@ -188,9 +188,11 @@ def test_releases_skips_and_protection_by_hand(core: Any) -> None:
     stopped = play(pool, Batcher(admission="optimistic"), together(pairs), core)
     assert stopped.scheduled.tolist() == [0, 3, 4]
     assert play(pool, Batcher(admission="optimistic", skips=1), together(pairs), core).scheduled.tolist() == [0, 3, 0]
-    late = Batcher(release=lambda seen: np.array([2.5, 0.5, 2.5]))
+    late = Batcher(release=lambda seen: np.array([2.5, 0.5, 2.5]), clairvoyant=True)
     assert play(pool, late, together(pairs), core).scheduled.tolist() == [2.5, 5.5, 6.5]
-    assert play(pool, Batcher(release=late.release, skips=5), together(pairs), core).scheduled.tolist() == [
+    assert play(
+        pool, Batcher(release=late.release, skips=5, clairvoyant=True), together(pairs), core
+    ).scheduled.tolist() == [
         2.5,
         0.5,
         2.5,
@@ -208,7 +210,7 @@ def test_victims_by_hand(victims: Any, preempted: list[int], core: Any) -> None:
     pool = rounds_pool(13, preemption="recompute")
     guesses = Fixed(guesses=(1, 9, 5))
     keys = {"last": lambda seen: np.array([0.0, 2.0, 1.0])}.get(victims, "arrival")
-    rule = Batcher(keys, admission="optimistic", victims=victims, predictor=guesses)
+    rule = Batcher(keys, admission="optimistic", victims=victims, predictor=guesses, clairvoyant=callable(keys))
     run = play(pool, rule, together([(3, 3)] * 3), core)
     assert run.preemptions.tolist() == preempted
 

@@ -53,14 +53,7 @@ def rules_of(scenario: Scenario, plan: Plan, requests: Requests) -> Rules:
     predicted = _predicted(scenario, plan, requests, room)
     check_predicted(predicted, requests, room, plan.policy)
     seen = candidates(requests, predicted, batcher)
-    keys = np.zeros(len(requests))
-    if callable(batcher.order):
-        keys = _asked(plan.policy, "order", batcher.order, seen)
-        if not batcher.clairvoyant:
-            _check_own_rows(plan.policy, "order", batcher.order, seen, keys)
-    release = (
-        np.zeros(len(requests)) if batcher.release is None else _asked(plan.policy, "release", batcher.release, seen)
-    )
+    keys, release = (_given(plan, what, seen) for what in ("order", "release"))
     return Rules(batcher, keys, seen.predicted, release)
 
 
@@ -96,6 +89,17 @@ def _check_whole(scenario: Scenario, plan: Plan, requests: Requests) -> None:
             )
 
 
+def _given(plan: Plan, what: str, seen: Candidates) -> Floats:
+    """The numbers that a field of the batcher gives if it is a function, else zeros."""
+    rule = getattr(plan.batcher, what)
+    if not callable(rule):
+        return np.zeros(len(seen.arrival))
+    values = _asked(plan.policy, what, rule, seen)
+    if not plan.batcher.clairvoyant:
+        _check_own_rows(plan.policy, what, rule, seen, values)
+    return values
+
+
 def _asked(policy: str, what: str, rule: Rule, seen: Candidates) -> Floats:
     """The numbers that a function of the batcher returns."""
     remedy = f"return one finite number for each of the {len(seen.arrival)} requests"
@@ -114,10 +118,13 @@ def _asked(policy: str, what: str, rule: Rule, seen: Candidates) -> Floats:
 def _check_own_rows(policy: str, what: str, rule: Rule, seen: Candidates, values: Floats) -> None:
     """Refuse a rule whose answer for the first half of the requests changes when the others are there."""
     half = len(values) // 2
-    alone = _asked(policy, what, rule, seen.head(half)) if half else values[:0]
-    if not np.array_equal(alone, values[:half]):
-        i = int(np.argmax(alone != values[:half]))
+    try:
+        same = not half or np.array_equal(rule(seen.head(half)), values[:half])
+    except Exception:
+        # it answered for all of them, so that it needs the later ones
+        same = False
+    if not same:
         raise PolicyError(
-            f"policy {policy!r}: its {what} for request {i} depends on requests that come later; let every row depend "
-            "on itself alone, or set clairvoyant = True"
+            f"policy {policy!r}: its {what} gives the first {half} requests other numbers when later ones are there; "
+            "let every row depend on itself alone, or set clairvoyant = True"
         )
