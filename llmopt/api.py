@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from llmopt.evaluate.compare import Progress
     from llmopt.evaluate.comparison import Comparison
 
-DEFAULTS = {"routing": "max-margin", "batching": "mc-sf"}
+DEFAULTS = {"routing": "max-margin", "batching": "mc-sf", "af-ratio": "afd-fleet"}
 """The policy whose plan `plan` makes unless another is named, by problem."""
 EXACT = DEFAULTS["routing"]
 """The program whose split `stability` assesses and whose critical rate `--load` refers to."""
@@ -94,6 +94,8 @@ def stability(scenario: Scenario | str | Path, policy: str | Policy = EXACT) -> 
     from llmopt.assess import assess
 
     known = _loaded(scenario)
+    if known.problem == "af-ratio":
+        known, policy = _with_bundle(known, policy), EXACT
     answer = plan(known, policy)
     if answer.batcher.stepwise:
         raise ScenarioError(
@@ -113,6 +115,17 @@ def stability(scenario: Scenario | str | Path, policy: str | Policy = EXACT) -> 
             "use llmopt compare, or a policy with a split"
         )
     return assess(known, answer.fractions, router=answer.policy)
+
+
+def _with_bundle(scenario: Scenario, policy: str | Policy) -> Scenario:
+    """The routing question of the bundles that `policy` decides on, or of the given bundle where it decides on none."""
+    if (policy if isinstance(policy, str) else policy.name) in policy_names("routing"):
+        return scenario.replace(problem="routing")
+    answer = plan(scenario, policy)
+    assert answer.bundle is not None
+    sizes = {key: getattr(answer.bundle, key) for key in ("attention_workers", "ffn_servers", "batch")}
+    bundle = {f"pools.0.bundle.{key}": value for key, value in sizes.items()}
+    return scenario.replace(**bundle, **{"pools.0.replicas": answer.bundles}, problem="routing")
 
 
 def _split(scenario: Scenario) -> Floats:

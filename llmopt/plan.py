@@ -11,6 +11,7 @@ import numpy as np
 
 from llmopt.arrays import Bools, Floats
 from llmopt.batcher import FIFO, Batcher, check_batcher
+from llmopt.bundle import Bundle
 from llmopt.errors import PolicyError
 from llmopt.explain import suggestion
 from llmopt.scenario import Scenario
@@ -88,6 +89,9 @@ class Plan:
     A plan that leaves the router open gets round-robin (`check_plan`), and the engine's own rule where it leaves the
     batcher open. `bound` is a certificate of its own: given requests, no rule has a smaller sum of end-to-end
     latencies (s).
+
+    Where the A/F ratio is open, `bundle` is the bundle decided on (its workers, servers and micro-batch size) and
+    `bundles` how many of it there are; `others` are bundles of further shapes with their numbers.
     """
 
     policy: str
@@ -96,6 +100,9 @@ class Plan:
     figures: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     batcher: Batcher = FIFO
     bound: Callable[[Requests], float] | None = None
+    bundle: Bundle | None = None
+    bundles: int = 1
+    others: tuple[tuple[Bundle, int], ...] = ()
 
     @property
     def fractions(self) -> Floats | None:
@@ -175,7 +182,29 @@ def check_plan(plan: Plan, scenario: Scenario) -> Plan:
     elif not callable(plan.router):
         raise PolicyError(f"policy {plan.policy!r}: the router is neither a Router nor callable; return one of them")
     check_batcher(plan.policy, plan.batcher, scenario)
+    if scenario.problem == "af-ratio":
+        _check_bundle(plan, scenario)
     return plan
+
+
+def _check_bundle(plan: Plan, scenario: Scenario) -> None:
+    """Refuse a plan without a bundle, and one that changes more of it than its size, or exceeds the fleet."""
+    fleet, free = scenario.fleet, ("attention_workers", "ffn_servers", "batch")
+    if not isinstance(plan.bundle, Bundle):
+        raise PolicyError(f"policy {plan.policy!r}: the plan has no bundle, but the A/F ratio is open; set Plan.bundle")
+    for bundle, count in ((plan.bundle, plan.bundles), *plan.others):
+        base = scenario.bundle.model_copy(update={key: getattr(bundle, key) for key in free})
+        if bundle != base:
+            raise PolicyError(
+                f"policy {plan.policy!r}: its bundle differs in more than {', '.join(free)}; keep the rest"
+            )
+        if not (isinstance(count, int) and count >= 1):
+            raise PolicyError(f"policy {plan.policy!r}: bundles = {count!r}; give a whole number of at least 1")
+        if bundle.attention_workers > fleet.most_attention or bundle.ffn_servers > max(fleet.most_ffn, 1):
+            raise PolicyError(
+                f"policy {plan.policy!r}: {bundle.attention_workers} workers and {bundle.ffn_servers} servers exceed "
+                f"the fleet's most_attention = {fleet.most_attention} or most_ffn = {fleet.most_ffn}; choose fewer"
+            )
 
 
 def _check_router(name: str, router: Router, scenario: Scenario) -> None:

@@ -13,11 +13,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, InstanceOf, ValidationError, model_validator
 
+from llmopt.bundle import OF_POOL, Bundle, Fleet, implied
 from llmopt.errors import ScenarioError
 from llmopt.explain import explain
 from llmopt.hardware import Piece, StepTime
 from llmopt.model import InputModel, Name
 from llmopt.predictions import ORACLE, Predictor
+from llmopt.slots import SlotLoad, slot_load
 from llmopt.steptable import StepTable
 from llmopt.workload import Workload
 
@@ -50,6 +52,9 @@ class Pool(InputModel):
     every matrix. Both known to `llmopt.machines`, they fill a step_time and kv_capacity that are not given, and tell
     what physics allows.
 
+    bundle: Attention workers and FFN servers that make up one replica; they determine `OF_POOL`. A bundle whose
+    stages charge nothing for prompts computes none: they are prefilled elsewhere and arrive in one step.
+
     profile: folder of measured tables; then `table` is what the simulator plays, while the theory and the programs
     still use `step_time`, its max-affine fit.
     """
@@ -72,10 +77,23 @@ class Pool(InputModel):
     host_overhead: Annotated[float, Field(ge=0, le=1)] = 0.0
     async_scheduling: bool = False
     prefix_caching: bool = False
+    bundle: Bundle | None = None
     profile: str = ""
     table: Annotated[InstanceOf[StepTable] | None, Field(exclude=True)] = None
     source: str = ""
     catalog: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_bundle(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("bundle") is None:
+            return data
+        given = [key for key in OF_POOL if key in data]
+        if given:
+            raise ValueError(
+                f"has a bundle, which determines {', '.join(given)}; drop {', '.join(given)} or the bundle"
+            )
+        return {"replicas": 1} | implied(data["bundle"]) | data
 
     @model_validator(mode="after")
     def _can_step(self) -> Pool:
@@ -114,8 +132,9 @@ class Pool(InputModel):
 
     @property
     def largest(self) -> int:
-        """Largest prompt + output in tokens that an empty replica holds to its end."""
-        return self.kv_blocks * self.block_size - self.lookahead_slots + self.first_step
+        """Largest prompt + output in tokens that an empty replica holds to its end, in one worker if it is a bundle."""
+        blocks = min(self.kv_blocks, self.bundle.kv_capacity // self.block_size) if self.bundle else self.kv_blocks
+        return blocks * self.block_size - self.lookahead_slots + self.first_step
 
     def fits(self, tokens: int) -> bool:
         """Whether a request with prompt + output = `tokens` fits into an empty replica."""
@@ -125,6 +144,10 @@ class Pool(InputModel):
 class Evaluation(InputModel):
     """How policies are judged: `horizon` (s) of arrivals, `warmup` (s) cut from the metrics, `seeds`.
 
+    Where the A/F ratio is open, bundles are always full instead: `requests` is how many each micro-batch of an
+    Attention worker finishes on average, and `start` whether its slots begin empty-handed with new requests, all at
+    age 0 (cold), or as in steady state.
+
     Requests that arrive in [warmup, horizon) are measured, each until its end, however late: there is no drain cut.
     `seed = 7` is short for `seeds = [7]`. `confidence` is the level of the intervals over seeds.
     """
@@ -133,6 +156,8 @@ class Evaluation(InputModel):
     warmup: Annotated[float, Field(ge=0)] = 0.0
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, min_length=1)] = (1, 2, 3)
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    requests: Annotated[int, Field(ge=1, le=100_000_000)] = 10_000
+    start: Literal["cold", "stationary"] = "stationary"
 
     @model_validator(mode="before")
     @classmethod
@@ -154,20 +179,26 @@ class Evaluation(InputModel):
         return self
 
 
+NEW = {"predictions": ORACLE, "fleet": Fleet()}
+"""Keys that came later, with their defaults: a scenario that says nothing of them keeps its digest."""
+
+
 class Scenario(InputModel):
     """One question: a workload, pools that could serve it, and how to judge the answers.
 
-    problem: the open decision, which replica serves a request ("routing") or whom a replica serves when ("batching").
-    predictions: what rules know of output lengths.
+    problem: the open decision, which replica serves a request ("routing"), whom a replica serves when ("batching"), or
+    how many Attention workers share an FFN server ("af-ratio"). predictions: what rules know of output lengths. fleet:
+    what may be chosen beside the A/F ratio.
     """
 
     name: Name
-    problem: Literal["routing", "batching"] = "routing"
+    problem: Literal["routing", "batching", "af-ratio"] = "routing"
     question: str = ""
     workload: Workload
     pools: Annotated[tuple[Pool, ...], Field(strict=False, min_length=1)]
     evaluation: Evaluation = Evaluation()
     predictions: Predictor = ORACLE
+    fleet: Fleet = Fleet()
 
     @model_validator(mode="after")
     def _consistent(self) -> Scenario:
@@ -181,7 +212,30 @@ class Scenario(InputModel):
                     f"workload.classes[{c}] ({cls.name!r}) can send a request of {cls.largest} tokens, more than the "
                     f"KV memory of every pool (at most {room}); lower its max lengths or raise kv_capacity"
                 )
+        if self.problem == "af-ratio":
+            _check_ratio_question(self)
         return self
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle whose ratio is open.
+
+        Raises
+        ------
+        ScenarioError
+            If the A/F ratio is not the open decision.
+        """
+        bundle = self.pools[0].bundle
+        if self.problem != "af-ratio" or bundle is None:
+            raise ScenarioError(
+                f'{self.name}: asks for no A/F ratio; set problem = "af-ratio" and give one pool a bundle'
+            )
+        return bundle
+
+    @cached_property
+    def slot_load(self) -> SlotLoad:
+        """KV load of one always occupied slot under the mix of classes, in the first pool's convention of steps."""
+        return slot_load(self.workload.classes, self.workload.rates, self.pools[0].first_step)
 
     @cached_property
     def allowed(self) -> tuple[tuple[bool, ...], ...]:
@@ -192,9 +246,14 @@ class Scenario(InputModel):
     def digest(self) -> str:
         """SHA-256 over everything that determines results, a trace by its content; first 12 hex digits."""
         data = self.model_dump(mode="json", exclude={"workload": {"trace"}})
-        if self.predictions == ORACLE:
-            # a scenario that says nothing of predictions keeps the digest it had before there were any
-            del data["predictions"]
+        for key, default in NEW.items():
+            if getattr(self, key) == default:
+                del data[key]
+        for pool in data["pools"]:
+            if pool["bundle"] is None:
+                del pool["bundle"]
+        if self.problem != "af-ratio":
+            del data["evaluation"]["requests"], data["evaluation"]["start"]
         sha = hashlib.sha256(json.dumps(data, sort_keys=True).encode())
         replay = self.workload.replay
         arrays = [] if replay is None else [replay.arrival, replay.prompt, replay.output, replay.cls]
@@ -241,7 +300,23 @@ class Scenario(InputModel):
             plain["pairs"] = cls.pairs
         for plain, pool in zip(data["pools"], self.pools, strict=True):
             plain["table"] = pool.table
+            for key in OF_POOL if pool.bundle else ():
+                del plain[key]
         return data
+
+
+def _check_ratio_question(scenario: Scenario) -> None:
+    """One pool with a bundle, and memory for what its slots hold on average."""
+    if len(scenario.pools) != 1 or scenario.pools[0].bundle is None:
+        raise ValueError('has problem = "af-ratio", which needs exactly one pool, with a bundle; add [pools.bundle]')
+    bundle = scenario.bundle
+    batch = min(scenario.fleet.batches or (bundle.batch,))
+    need = bundle.micro_batches * batch * scenario.slot_load.theta
+    if need > bundle.kv_capacity:
+        raise ValueError(
+            f"pools[0].bundle has kv_capacity = {bundle.kv_capacity} tokens, but {bundle.micro_batches} micro-batches "
+            f"of {batch} sequences hold {need:.0f} on average; lower batch or micro_batches, or raise kv_capacity"
+        )
 
 
 def _is_positive(value: object) -> bool:

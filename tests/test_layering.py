@@ -25,10 +25,11 @@ LAYERS = (
     ("lengths", "catalog", "solution", "steptable"),
     ("arrivals", "trace_data"),
     ("workload", "rounds", "hardware", "trace_formats"),
-    ("machines", "predictions"),
+    ("machines", "predictions", "bundle", "slots"),
     ("profiles",),
     ("scenario", "trace_files", "trace_summary", "trace_servegen"),
-    ("traces", "moments", "batcher"),
+    ("traces", "moments", "batcher", "ratio"),
+    ("barrier",),
     ("trace_workload", "stability", "plan"),
     ("reading", "mix", "chunks", "bridge"),
     ("walk", "bridge_pyomo", "bridge_cvxpy", "cones"),
@@ -51,6 +52,7 @@ LAYERS = (
 RANK = {f"llmopt.{name}": rank for rank, names in enumerate(LAYERS) for name in names}
 POLICIES_MAY = ("errors", "arrays", "lengths", "workload", "hardware", "scenario", "moments", "solution")
 POLICIES_MAY += ("plan", "policy", "stability", "capacity", "rounds", "batcher", "predictions")
+POLICIES_MAY += ("bundle", "slots", "ratio", "barrier", "machines")
 HEAVY = ("pandas", "cvxpy", "pyomo", "numba", "matplotlib", "scipy", "highspy")
 
 
