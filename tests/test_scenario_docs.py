@@ -9,6 +9,7 @@ from typing import get_args
 import pytest
 
 from llmopt.arrivals import Arrivals
+from llmopt.bundle import Bundle, Fleet, Pipeline, StageTable
 from llmopt.hardware import Piece
 from llmopt.lengths import Law
 from llmopt.model import InputModel
@@ -31,7 +32,10 @@ def test_examples_load(number: int, tmp_path: Path) -> None:
     assert len(scenario.workload.sample(scenario.evaluation.horizon, 1)) > 2
 
 
-@pytest.mark.parametrize("model", [Scenario, Workload, RequestClass, TraceSource, Pool, Piece, Evaluation])
+MODELS = [Scenario, Workload, RequestClass, TraceSource, Pool, Piece, Evaluation, Bundle, StageTable, Fleet]
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_every_key_is_documented(model: type[InputModel]) -> None:
     for name, field in model.model_fields.items():
         if not field.exclude:
@@ -41,6 +45,6 @@ def test_every_key_is_documented(model: type[InputModel]) -> None:
 def test_every_law_format_and_mode_is_documented() -> None:
     unions = (Law, Arrivals, Predictor)
     laws = [m.model_fields["law"].annotation for union in unions for m in get_args(get_args(union)[0])]
-    words = [tag for law in laws for tag in get_args(law)] + list(get_args(Preemption))
+    words = [tag for law in laws for tag in get_args(law)] + [*get_args(Preemption), *get_args(Pipeline)]
     assert all(f'`"{word}"`' in TEXT for word in words)
     assert all(f"`{name}`" in TEXT for name in (*format_names(), *GENERIC))
