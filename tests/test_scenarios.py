@@ -36,10 +36,59 @@ BATCHING = {
     "mooncake-batching": (12_240, 12_240),
 }
 """Scenarios whose open decision is batching, and how many requests a run of them has."""
+PUBLISHED = {
+    "afd-256-100-500": (256, 100, 500, 9.30, 6e-4),
+    "afd-256-500-500": (256, 500, 500, 17.25, 3e-4),
+    "afd-256-100-100": (256, 100, 100, 2.17, 3e-3),
+    "afd-128-100-500": (128, 100, 500, 7.08, 0.01),
+    "afd-512-100-500": (512, 100, 500, 10.31, 0.01),
+    "afd-two-micro-batches": (256, 100, 500, 9.30, 6e-4),
+}
+"""Scenarios with the published coefficients: B, mean prompt, mean output, the published ratio, and how close."""
+AFD = (*PUBLISHED, "afd-qwen3-235b-h200")
 
 
 def test_the_promised_scenarios_are_there() -> None:
-    assert {*NAMES, *BATCHING} <= set(bundled_scenarios())
+    assert {*NAMES, *BATCHING, *AFD} <= set(bundled_scenarios())
+
+
+@pytest.mark.parametrize("name", AFD)
+def test_every_scenario_with_an_open_ratio_asks_one_question(name: str) -> None:
+    scenario = load_scenario(name)
+    assert (scenario.name, scenario.problem) == (name, "af-ratio")
+    assert scenario.question.endswith("?")
+    assert bundled_scenarios()[name].read_text().startswith(f"# {scenario.question}\n")
+    bundle, load = scenario.bundle, scenario.slot_load
+    slots = bundle.micro_batches * bundle.batch
+    assert slots * load.theta + 3 * np.sqrt(slots) * load.deviation <= bundle.kv_capacity
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_ratio_follows_from_the_scenario(name: str) -> None:
+    """Theorem 4.4 and Proposition 4.3 of v1, written out, on the numbers in the file."""
+    b, prompt, output, published, within = PUBLISHED[name]
+    scenario = load_scenario(name)
+    bundle, cls = scenario.bundle, scenario.workload.classes[0]
+    means = (bundle.batch, cls.prompt.mean, cls.output.mean)
+    assert means == pytest.approx((b, prompt, output), rel=1e-6)
+    (attention,), (transfer,), (ffn,) = bundle.attention, bundle.transfer, bundle.ffn
+    p, steps = 1 / output, 10_000 * output / b
+    held = prompt + (1 - p) / p * (1 - (1 - (1 - p) ** steps) / (steps * p))
+    r_a = (attention.kv * b * held + attention.base - ffn.base) / (ffn.decode * b)
+    r_c = (transfer.decode * b + transfer.base - ffn.base) / (ffn.decode * b)
+    assert max(r_a, r_c, (ffn.base / (ffn.decode * b)) ** 0.5) == pytest.approx(published, rel=within)
+    assert bundle.kv_capacity == (0.9 * 128e9 - 26e9) / (61 * 576 * 2) // 1000 * 1000
+
+
+def test_the_qwen_scenario_gives_the_throughput_that_its_source_prints() -> None:
+    """Tokens/s per GPU at 1, 2, 3, 4 and 6 nodes of Attention for one of FFN, from the stage times alone."""
+    bundle = load_scenario("afd-qwen3-235b-h200").bundle
+    assert bundle.ffn_table is not None
+    a, c = bundle.attention[0].base, bundle.transfer[0].base
+    for x, printed in ((1, 1193), (2, 1370), (3, 1232), (4, 1169), (6, 933)):
+        f = bundle.ffn_table.seconds[bundle.ffn_table.tokens.index(341 * x)]
+        cycle = max(a, f, (a + f + 2 * c) / 3)
+        assert 341 * x / (94 * cycle * 8 * (x + 1)) == pytest.approx(printed, rel=0.004)
 
 
 @pytest.mark.parametrize("name", [*NAMES, *BATCHING])
@@ -109,7 +158,7 @@ def test_mooncake_scenario_quotes_its_trace(shared: Path) -> None:
         assert a.largest >= b.largest
 
 
-@pytest.mark.parametrize("name", [*NAMES, *BATCHING])
+@pytest.mark.parametrize("name", [*NAMES, *BATCHING, *AFD])
 def test_every_number_in_a_scenario_has_a_unit(name: str) -> None:
     """A comment on the line, or, for a table or a list, on the line that opens it or closes it."""
     plain = ("name", "problem", "question", "law", "probs", "values", "seeds", "replicas", "horizon", "period")
