@@ -73,10 +73,9 @@ class StageTable(InputModel):
                 points.pop()
             points.append(point)
         lines = [(a[1] - _slope(a, b) * a[0], _slope(a, b)) for a, b in pairwise(points)]
-        pieces = [Piece(base=base, decode=slope) for base, slope in lines if base >= 0]
-        if len(pieces) < len(lines):
-            pieces.append(Piece(decode=min(y / x for x, y in points)))
-        return tuple(pieces)
+        if any(base < 0 for base, _ in lines):
+            lines.append((0.0, min(y / x for x, y in points)))
+        return tuple(Piece(base=base, decode=slope, prefill=slope) for base, slope in lines if base >= 0)
 
 
 class Line(NamedTuple):
@@ -91,11 +90,29 @@ class Line(NamedTuple):
     server: Floats
 
 
+class Colocated(InputModel):
+    """The same model without disaggregation: groups of devices, each of which attends and computes FFN layers in turn.
+
+    workers: Attention workers' worth of devices in one group, which together compute the FFN of all their tokens; as
+    many as make one FFN server's devices if absent. kv_capacity: KV tokens of one worker's devices, beside all weights.
+    exchange: whether the group pays both hops of `transfer` in a layer, as with experts spread over devices.
+    attention, ffn: stages on these devices, those of the bundle if absent. price: USD/hour of one worker's devices,
+    the bundle's attention_price if absent.
+    """
+
+    kv_capacity: Annotated[int, Field(ge=1, le=10_000_000_000)]
+    workers: Annotated[int, Field(ge=1, le=4096)] | None = None
+    exchange: bool = False
+    attention: Annotated[tuple[Piece, ...], Field(strict=False)] = ()
+    ffn: Annotated[tuple[Piece, ...], Field(strict=False)] = ()
+    price: Price | None = None
+
+
 class Bundle(InputModel):
     """x Attention workers and y FFN servers that serve one model together.
 
     attention, transfer, ffn: max-affine times of one layer, s: of one Attention worker for its micro-batch (base;
-    decode per sequence; kv per KV token; prefill and pairs where prompts are computed here too); of one hop, per
+    decode per sequence; kv per KV token; prefill and pairs of prompts); of one hop, per
     sequence of one worker (`transfer_of = "worker"`) or of all that one FFN server receives ("bundle"); of one FFN
     server, decode per token. ffn_table: measured times instead of `ffn`. layers: of the model, 1 where the times are
     those of a whole step.
@@ -105,8 +122,11 @@ class Bundle(InputModel):
     Attention worker, for all its micro-batches. imbalance: by what fraction the fullest worker's KV tokens exceed the
     mean one's, where the bundle is a pool (where the ratio is chosen, the barrier is computed instead).
 
+    prompts: whether the bundle computes them ("here") or they arrive prefilled ("elsewhere"); what the stages charge
+    for prompts then only tells what prefill devices need.
+
     attention_price, ffn_price: USD/hour of one worker and one server; attention_devices, ffn_devices: accelerators
-    in each.
+    in each. colocated: what the comparison with serving without disaggregation needs besides.
     """
 
     attention: Stage
@@ -122,10 +142,12 @@ class Bundle(InputModel):
     ffn_servers: Annotated[int, Field(ge=1, le=4096)] = 1
     kv_capacity: Annotated[int, Field(ge=1, le=10_000_000_000)]
     imbalance: Annotated[float, Field(ge=0, le=10)] = 0.0
+    prompts: Literal["elsewhere", "here"] = "elsewhere"
     attention_price: Price = 0.0
     ffn_price: Price = 0.0
     attention_devices: Annotated[int, Field(ge=1, le=100_000)] = 1
     ffn_devices: Annotated[int, Field(ge=1, le=100_000)] = 1
+    colocated: Colocated | None = None
 
     @model_validator(mode="after")
     def _stages(self) -> Bundle:
@@ -136,7 +158,35 @@ class Bundle(InputModel):
                 raise ValueError(f"has an {name} stage that takes no time for any batch; give a positive coefficient")
         if any(piece.kv > 0 for piece in (*self.transfer, *self.ffn)):
             raise ValueError("charges KV tokens in transfer or ffn, where no KV cache is read; put kv into attention")
+        if self.prompts == "here" and not self.charges_prompts:
+            raise ValueError('computes prompts here, but its stages charge nothing for them; set prompts = "elsewhere"')
+        if self.colocated:
+            self._check_group(self.colocated)
         return self
+
+    def _check_group(self, group: Colocated) -> None:
+        if group.workers is None and self.ffn_devices % self.attention_devices:
+            raise ValueError(
+                f"has colocated groups of {self.ffn_devices} devices, of which an Attention worker's "
+                f"{self.attention_devices} are no whole part; give colocated.workers and colocated.ffn"
+            )
+        devices = self.group_workers * self.attention_devices
+        if devices != self.ffn_devices and not group.ffn:
+            raise ValueError(
+                f"has colocated groups of {devices} devices, but FFN times of {self.ffn_devices}; give colocated.ffn"
+            )
+
+    @property
+    def group_workers(self) -> int:
+        """Attention workers' worth of devices in one colocated group."""
+        given = self.colocated.workers if self.colocated else None
+        return given or self.ffn_devices // self.attention_devices
+
+    @property
+    def charges_prompts(self) -> bool:
+        """Whether Attention and FFN both say what prompt tokens cost."""
+        stages = (self.attention, self.ffn or self.table_hull)
+        return all(any(piece.prefill or piece.pairs for piece in stage) for stage in stages)
 
     @property
     def table_hull(self) -> tuple[Piece, ...]:
@@ -239,6 +289,7 @@ class Bundle(InputModel):
             total = self.layers * (line.worker / x + line.server / y)
             total[0] = rounds * (line.worker[0] + line.server[0])
             total[3] *= 1 + self.imbalance
+            total[[1, 4]] *= self.prompts == "here"
             found[line.stage] = found.get(line.stage, 0) + 1
             name = line.stage if found[line.stage] == 1 else f"{line.stage} {found[line.stage]}"
             pieces.append(Piece(name=name, **dict(zip(FEATURES, map(float, total), strict=True))))
@@ -269,10 +320,9 @@ def implied(bundle: Any) -> dict[str, Any]:
         known = bundle if isinstance(bundle, Bundle) else Bundle.model_validate(bundle)
     except ValidationError:
         return {"step_time": (Piece(base=1.0),), "kv_capacity": 1}
-    prompts = any(piece.prefill or piece.pairs for piece in (*known.attention, *known.ffn))
     kv = known.attention_workers * known.kv_capacity
     values = (known.step_pieces(), kv, known.slots, known.price)
-    budget = known.slots + BUDGET if prompts else max(ELSEWHERE, known.slots)
+    budget = known.slots + BUDGET if known.prompts == "here" else max(ELSEWHERE, known.slots)
     return dict(zip(OF_POOL, values, strict=True)) | {"token_budget": budget}
 
 

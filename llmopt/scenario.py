@@ -52,8 +52,8 @@ class Pool(InputModel):
     every matrix. Both known to `llmopt.machines`, they fill a step_time and kv_capacity that are not given, and tell
     what physics allows.
 
-    bundle: Attention workers and FFN servers that make up one replica; they determine `OF_POOL`. A bundle whose
-    stages charge nothing for prompts computes none: they are prefilled elsewhere and arrive in one step.
+    bundle: Attention workers and FFN servers that make up one replica; they determine `OF_POOL`. Prompts that it does
+    not compute are prefilled elsewhere and arrive in one step.
 
     profile: folder of measured tables; then `table` is what the simulator plays, while the theory and the programs
     still use `step_time`, its max-affine fit.
@@ -300,8 +300,9 @@ class Scenario(InputModel):
             plain["pairs"] = cls.pairs
         for plain, pool in zip(data["pools"], self.pools, strict=True):
             plain["table"] = pool.table
-            for key in OF_POOL if pool.bundle else ():
-                del plain[key]
+            for key, value in implied(pool.bundle).items() if pool.bundle else ():
+                if key in OF_POOL or plain[key] == value:
+                    del plain[key]
         return data
 
 
@@ -310,6 +311,8 @@ def _check_ratio_question(scenario: Scenario) -> None:
     if len(scenario.pools) != 1 or scenario.pools[0].bundle is None:
         raise ValueError('has problem = "af-ratio", which needs exactly one pool, with a bundle; add [pools.bundle]')
     bundle = scenario.bundle
+    if bundle.prompts == "here":
+        raise ValueError('has prompts = "here", but an A/F ratio is one of decode; set prompts = "elsewhere"')
     batch = min(scenario.fleet.batches or (bundle.batch,))
     need = bundle.micro_batches * batch * scenario.slot_load.theta
     if need > bundle.kv_capacity:
