@@ -27,6 +27,7 @@ from llmopt.slots import SlotLoad
 FAR = 12.0
 """Below -FAR, Phi is less than 1e-32; the integrands are followed as far above the larger of z and 0."""
 NODES = 128
+"""Nodes of an integral, enough for an absolute error of 1e-13 up to 512 workers."""
 
 
 def expected_largest(n: int) -> float:

@@ -235,7 +235,8 @@ class Scenario(InputModel):
     @cached_property
     def slot_load(self) -> SlotLoad:
         """KV load of one always occupied slot under the mix of classes, in the first pool's convention of steps."""
-        return slot_load(self.workload.classes, self.workload.rates, self.pools[0].first_step)
+        workload = self.workload
+        return slot_load(workload.classes, workload.rates, self.pools[0].first_step, workload.replay)
 
     @cached_property
     def allowed(self) -> tuple[tuple[bool, ...], ...]:
