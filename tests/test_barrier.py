@@ -1,0 +1,186 @@
+"""The barrier: published means of the largest normal, quadrature, Monte Carlo, and what must hold for all inputs."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.integrate import quad
+from scipy.special import log_ndtr
+
+from llmopt.barrier import barrier_cycle, best_barrier, expected_excess, expected_largest, imbalance
+from llmopt.bundle import Bundle
+from llmopt.errors import ScenarioError
+from llmopt.ratio import best_whole, cycle, throughput
+from llmopt.slots import SlotLoad
+
+PUBLISHED: dict[str, Any] = {
+    "attention": [{"base": 50e-6, "kv": 0.00165e-6}],
+    "transfer": [{"base": 20e-6, "decode": 0.022e-6}],
+    "ffn": [{"base": 100e-6, "decode": 0.083e-6}],
+    "batch": 256,
+    "micro_batches": 2,
+    "pipeline": "ideal",
+    "kv_capacity": 10**7,
+}
+TWO_PIECES = [{"base": 200e-6, "kv": 0.5e-9}, {"base": 20e-6, "kv": 2e-9}]
+PIPELINES = ("ideal", "non-blocking", "attention-blocking", "blocking")
+
+
+def bundle_of(**changes: Any) -> Bundle:
+    return Bundle.model_validate(PUBLISHED | changes)
+
+
+def geometric(prompt: float, output: float) -> SlotLoad:
+    """The load of geometric lengths, from the closed form."""
+    nu2 = prompt * (prompt - 1) + output * (output - 1)
+    return SlotLoad(prompt + output - 1, nu2, prompt, output)
+
+
+def of_load(bundle: Bundle, kv: float | np.ndarray, ratio: float) -> Any:
+    """The cycle if the fullest worker holds `kv` tokens, written out from the stages."""
+    a, c, f = bundle.attention_time(kv), bundle.transfer_time(ratio), bundle.ffn_time(ratio)
+    if bundle.pipeline == "ideal":
+        return np.maximum(a, max(c, f))
+    own_a = a + c * (bundle.pipeline in ("attention-blocking", "blocking"))
+    own_f = f + c * (bundle.pipeline == "blocking")
+    return np.maximum(np.maximum(own_a, own_f), (a + f + 2 * c) / bundle.micro_batches)
+
+
+def by_quadrature(bundle: Bundle, load: SlotLoad, workers: int, servers: int = 1) -> float:
+    """E[tau(T)] against the density of the largest of `workers` normals."""
+    mean, spread = bundle.batch * load.theta, math.sqrt(bundle.batch) * load.deviation
+
+    def integrand(x: float) -> float:
+        density = workers * math.exp((workers - 1) * log_ndtr(x) - x * x / 2) / math.sqrt(2 * math.pi)
+        return float(of_load(bundle, mean + spread * x, workers / servers)) * density * 1e4
+
+    cuts = np.linspace(-9, 9, 25)
+    return sum(quad(integrand, a, b, epsabs=1e-12, epsrel=1e-10)[0] for a, b in pairwise(cuts)) / 1e4
+
+
+def test_the_largest_of_normals_as_published() -> None:
+    found = [expected_largest(n) for n in (1, 2, 4, 8, 16, 32)]
+    assert found == pytest.approx([0, 0.5642, 1.0294, 1.4236, 1.7660, 2.0697], abs=5e-5)
+    assert expected_largest(2) == pytest.approx(1 / math.sqrt(math.pi), rel=1e-13)
+    assert expected_largest(3) == pytest.approx(1.5 / math.sqrt(math.pi), rel=1e-13)
+
+
+@pytest.mark.parametrize("n", [0, -1, 1.5, True])
+def test_the_largest_of_no_number_is_one_sentence(n: Any) -> None:
+    with pytest.raises(ScenarioError, match="give a whole number of at least 1"):
+        expected_largest(n)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 64, 512])
+@pytest.mark.parametrize("z", [-1e6, -30.0, -12.0, -11.9, -3.0, 0.0, 0.4, 3.0, 6.0])
+def test_the_excess_is_right_to_ten_digits(z: float, n: int) -> None:
+    low = max(z, -15.0)
+    cuts = np.linspace(low, 15.0, 25)
+    pieces = (
+        quad(lambda x: -math.expm1(n * log_ndtr(x)), a, b, epsabs=1e-14, epsrel=1e-12)[0] for a, b in pairwise(cuts)
+    )
+    assert expected_excess(z, n) == pytest.approx(low - z + sum(pieces), rel=1e-10)
+
+
+def test_the_excess_of_one_normal_in_closed_form_and_far_out() -> None:
+    for z in (-4.0, -1.0, 0.0, 2.0, 5.0, 9.0):
+        closed = math.exp(-z * z / 2) / math.sqrt(2 * math.pi) - z * math.erfc(z / math.sqrt(2)) / 2
+        assert expected_excess(z, 1) == pytest.approx(closed, rel=1e-9, abs=1e-25)
+    assert 0 <= expected_excess(40.0, 512) < 1e-300
+    assert expected_excess(-1e9, 8) == pytest.approx(1e9 + expected_largest(8), rel=1e-15)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize("workers", [1, 6, 40])
+def test_the_cycle_is_the_integral_over_the_fullest_load(pipeline: str, workers: int) -> None:
+    bundle, load = bundle_of(pipeline=pipeline, attention=TWO_PIECES), SlotLoad(500.0, 400.0**2, 100.0, 500.0)
+    exact = by_quadrature(bundle, load, workers, servers=2)
+    assert barrier_cycle(bundle, load, workers, 2) == pytest.approx(exact, rel=1e-9)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_the_cycle_is_the_mean_of_sampled_cycles(pipeline: str) -> None:
+    bundle, load, workers = bundle_of(pipeline=pipeline), geometric(100, 500), 9
+    draws = np.random.default_rng(7).normal(size=(100_000, workers)).max(axis=1)
+    cycles = of_load(bundle, bundle.batch * load.theta + math.sqrt(bundle.batch) * load.deviation * draws, workers)
+    error = cycles.std() / math.sqrt(len(cycles))
+    assert abs(barrier_cycle(bundle, load, workers) - cycles.mean()) < 4 * error
+
+
+def test_the_cycle_at_the_extremes() -> None:
+    load = geometric(100, 500)
+    slow = bundle_of(ffn=[{"base": 1.0, "decode": 1e-9}])
+    assert barrier_cycle(slow, load, 512) == pytest.approx(slow.ffn_time(512), rel=1e-15)
+    fast = bundle_of(ffn=[{"base": 1e-9, "decode": 1e-15}], transfer=[{}])
+    held = 256 * 599 + math.sqrt(256) * load.deviation * expected_largest(512)
+    assert barrier_cycle(fast, load, 512) == pytest.approx(50e-6 + 0.00165e-6 * held, rel=1e-10)
+    still = SlotLoad(599.0, 0.0, 100.0, 500.0)
+    for workers in (1, 9, 512):
+        assert barrier_cycle(bundle_of(), still, workers) == cycle(bundle_of(), still, workers)
+    plain = bundle_of(attention=[{"base": 50e-6, "decode": 1e-6}])
+    assert barrier_cycle(plain, load, 9) == pytest.approx(cycle(plain, load, 9), rel=1e-15)
+
+
+def test_a_measured_ffn_table_enters_with_its_own_times() -> None:
+    table = {"tokens": [256, 512, 768, 1024], "seconds": [1e-4, 1.1e-4, 5e-4, 5.01e-4]}
+    bundle, load = bundle_of(ffn=[], ffn_table=table), geometric(100, 500)
+    for workers in (1, 2, 3, 4):
+        assert barrier_cycle(bundle, load, workers) == pytest.approx(by_quadrature(bundle, load, workers), rel=1e-9)
+
+
+CASES = st.fixed_dictionaries(
+    {
+        "pipeline": st.sampled_from(PIPELINES),
+        "micro_batches": st.integers(1, 4),
+        "batch": st.integers(1, 1000),
+        "attention": st.sampled_from([PUBLISHED["attention"], TWO_PIECES, [{"decode": 1e-6}]]),
+    }
+)
+
+
+@settings(max_examples=60)
+@given(CASES, st.floats(10.0, 3000.0), st.floats(0.0, 2.0), st.integers(1, 60))
+def test_waiting_costs_time_and_more_workers_wait_longer(
+    case: dict[str, Any], theta: float, spread: float, workers: int
+) -> None:
+    bundle, load = bundle_of(**case), SlotLoad(theta, (spread * theta) ** 2, 100.0, 100.0)
+    here = barrier_cycle(bundle, load, workers)
+    assert here >= cycle(bundle, load, workers) * (1 - 1e-12)
+    assert barrier_cycle(bundle, load, workers + 1) >= here * (1 - 1e-12)
+    # At the same ratio twice the bundle waits longer, for the same work of every device.
+    assert barrier_cycle(bundle, load, 2 * workers, 2) >= here * (1 - 1e-12)
+    wider = SlotLoad(theta, (2 * spread * theta) ** 2, 100.0, 100.0)
+    assert barrier_cycle(bundle, wider, workers) >= here * (1 - 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("batch", "prompt", "output", "noted"),
+    [(128, 100, 500, 8), (256, 100, 500, 10), (512, 100, 500, 11), (256, 100, 100, 2), (256, 500, 500, 18)],
+)
+def test_best_numbers_of_workers_as_noted_for_steady_state(batch: int, prompt: int, output: int, noted: int) -> None:
+    assert best_barrier(bundle_of(batch=batch), geometric(prompt, output), 32) == noted
+
+
+@settings(max_examples=30)
+@given(CASES, st.floats(10.0, 3000.0), st.integers(1, 3), st.integers(1, 24))
+def test_the_best_number_is_the_best_of_all(case: dict[str, Any], theta: float, servers: int, most: int) -> None:
+    bundle, load = bundle_of(**case), SlotLoad(theta, theta**2, 100.0, 100.0)
+    every = [throughput(bundle, barrier_cycle(bundle, load, x, servers), x, servers) for x in range(1, most + 1)]
+    best = best_barrier(bundle, load, most, servers)
+    assert every[best - 1] >= max(every) * (1 - 1e-11)
+    still = SlotLoad(theta, 0.0, 100.0, 100.0)
+    alone = best_whole(bundle, still, most, servers)
+    assert best_barrier(bundle, still, most, servers) == alone
+
+
+def test_imbalance_is_that_of_sampled_workers() -> None:
+    bundle, load = bundle_of(), geometric(100, 500)
+    held = np.random.default_rng(9).normal(256 * load.theta, 16 * load.deviation, (100_000, 8))
+    assert imbalance(bundle, load, 8) == pytest.approx(held.max(axis=1).mean() / (256 * load.theta) - 1, rel=0.01)
+    assert imbalance(bundle, load, 1) == pytest.approx(0.0, abs=1e-15)
