@@ -1,0 +1,132 @@
+"""Speed and memory of the bundle simulator: medians of several runs, compilation apart.
+
+The published instance (prompts of 100 and outputs of 500 tokens on average, geometric): 32 workers with 512 slots each
+over 10 000 steps, every number of workers at once. The naive simulator of the tests does a small part of it.
+
+    python -m benchmarks.afd_simulator [--runs 9]
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+from collections.abc import Iterator
+from time import perf_counter
+
+import numpy as np
+
+from benchmarks.simulator import Report, seconds
+from llmopt.bundle import Bundle
+from llmopt.evaluate.bundle_load import load_series
+from llmopt.evaluate.bundle_run import play_bundle
+from llmopt.workload import RequestClass
+from tests import oracle_bundle
+
+WORKERS, SLOTS, STEPS = 32, 512, 10_000
+FEW_WORKERS, FEW_SLOTS, FEW_STEPS = 8, 256, 1000
+REQUESTS = RequestClass.model_validate(
+    {
+        "name": "requests",
+        "share": 1.0,
+        "prompt": {"law": "geometric", "mean": 100.0, "max": 4000},
+        "output": {"law": "geometric", "mean": 500.0, "max": 20_000},
+    }
+)
+BUNDLE = Bundle.model_validate(
+    {
+        "attention": [{"base": 50e-6, "kv": 0.00165e-6}],
+        "transfer": [{"base": 20e-6, "decode": 0.022e-6}],
+        "ffn": [{"base": 100e-6, "decode": 0.083e-6}],
+        "batch": SLOTS,
+        "kv_capacity": 10_000_000,
+    }
+)
+
+
+def bundle_of(pipeline: str, micro_batches: int = 1, layers: int = 1, slots: int = SLOTS) -> Bundle:
+    """The published bundle in another pipeline."""
+    changes = {"pipeline": pipeline, "micro_batches": micro_batches, "layers": layers, "batch": slots}
+    return BUNDLE.model_copy(update=changes)
+
+
+def series_of(bundle: Bundle, workers: int = WORKERS, steps: int = STEPS) -> np.ndarray:
+    return load_series([REQUESTS], np.ones(1), 0, bundle, workers, steps, 1)
+
+
+def first_call() -> None:
+    """Compilation, or reading what an earlier run compiled, on a run of one step."""
+    bundle = bundle_of("non-blocking")
+    series = series_of(bundle, 2, 1)
+    start = perf_counter()
+    play_bundle(bundle, series)
+    print(f"first call, compilation or its cache included: {perf_counter() - start:.2f} s\n")
+
+
+def speed(report: Report, runs: int) -> None:
+    """Load series and pipeline, apart and together."""
+    cases = {
+        "ideal": bundle_of("ideal"),
+        "1 micro-batch": bundle_of("non-blocking"),
+        "2 micro-batches": bundle_of("attention-blocking", 2),
+        "3 micro-batches": bundle_of("non-blocking", 3),
+    }
+    for name, bundle in cases.items():
+        series = series_of(bundle)
+        loads = seconds(lambda bundle=bundle: series_of(bundle), runs)  # type: ignore[misc]
+        plays = seconds(lambda bundle=bundle, series=series: play_bundle(bundle, series), runs)  # type: ignore[misc]
+        report.line(f"load series, {name}", loads, "s")
+        report.line(f"1..{WORKERS} workers on it, {name}", plays, "s")
+        report.line(f"both, {name}", loads + plays, "s", most=5.0)
+    deep = bundle_of("non-blocking", 3, layers=61)
+    report.line(
+        "61 layers, 3 micro-batches, played", seconds(lambda: play_bundle(deep, series), max(3, runs // 3)), "s"
+    )
+
+
+def naive(report: Report, runs: int) -> None:
+    """Times the naive simulator, which looks at every slot in every step and plays one number of workers at a time."""
+    bundle = bundle_of("non-blocking", 2, slots=FEW_SLOTS)
+    rng = np.random.default_rng(1)
+
+    def slowly() -> None:
+        loads = [[worker(rng) for _ in range(FEW_WORKERS)] for _ in range(bundle.micro_batches)]
+        by_step = [[list(row) for row in zip(*one, strict=True)] for one in loads]
+        for x in range(1, FEW_WORKERS + 1):
+            oracle_bundle.play(bundle, by_step, x, 1)
+
+    slow = seconds(slowly, max(3, runs // 3))
+    fast = seconds(lambda: play_bundle(bundle, series_of(bundle, FEW_WORKERS, FEW_STEPS)), runs)
+    work = f"{FEW_WORKERS} workers, {FEW_SLOTS} slots, {FEW_STEPS} steps, 2 micro-batches"
+    report.line(f"naive, {work}", slow, "s")
+    report.line("the same, times the naive simulator", slow / fast, "x", least=10.0)
+
+
+def worker(rng: np.random.Generator) -> list[float]:
+    """What one worker's micro-batch holds in each step, slot by slot, from a cold start."""
+    slots = [oracle_bundle.slot_loads(requests(rng), 0, FEW_STEPS) for _ in range(FEW_SLOTS)]
+    return [float(sum(step)) for step in zip(*slots, strict=True)]
+
+
+def requests(rng: np.random.Generator) -> Iterator[oracle_bundle.Lengths]:
+    while True:
+        for prompt, output in zip(*REQUESTS.sample(rng, 8), strict=True):
+            yield oracle_bundle.Lengths(int(prompt), int(output))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=9)
+    runs = parser.parse_args().runs
+    print(f"{WORKERS} workers, {SLOTS} slots each, {STEPS} steps; medians of {runs} runs")
+    report = Report()
+    first_call()
+    speed(report, runs)
+    naive(report, runs)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    report.line("peak memory of this process", peak, "GiB", most=2.0)
+    sys.exit(int(report.missed))
+
+
+if __name__ == "__main__":
+    main()
