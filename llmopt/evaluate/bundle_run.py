@@ -85,10 +85,11 @@ def simulate_bundle(
     Raises
     ------
     ScenarioError
-        If the A/F ratio is not the scenario's open decision, or the series would not fit into memory.
+        If the A/F ratio is not the scenario's open decision, workers is not positive, or the series would not fit into
+        memory.
     """
     bundle = bundle or scenario.bundle
-    workers = workers or max(scenario.fleet.most_attention, bundle.attention_workers)
+    workers = max(scenario.fleet.most_attention, bundle.attention_workers) if workers is None else workers
     evaluation, workload = scenario.evaluation, scenario.workload
     steps = ceil(evaluation.requests * scenario.slot_load.mean_decode / bundle.batch)
     first_step = scenario.pools[0].first_step
