@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from baselines import batching, routing
+from baselines import af_ratio, batching, routing
 from llmopt.policy import Policy
 
-POLICIES: dict[str, tuple[Policy, ...]] = {"routing": routing.POLICIES, "batching": batching.POLICIES}
+POLICIES: dict[str, tuple[Policy, ...]] = {
+    "routing": routing.POLICIES,
+    "batching": batching.POLICIES,
+    "af-ratio": af_ratio.POLICIES,
+}
 """The heuristics of each problem."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from formulations.af_ratio import ConvexRatio, FleetRatio, IntegerRatio
+from formulations.af_ratio_rules import Gaussian, MeanField, PublishedRatio
 from formulations.batching_hindsight import HindsightReplay
 from formulations.batching_rolling import RollingHorizon
 from formulations.batching_rules import AMax, AMin, McSf
@@ -31,6 +33,14 @@ POLICIES: dict[str, tuple[Policy, ...]] = {
         AMin(),
         Wait(),
         NestedWait(),
+    ),
+    "af-ratio": (
+        Optimized(FleetRatio()),
+        Optimized(IntegerRatio()),
+        Optimized(ConvexRatio()),
+        Gaussian(),
+        MeanField(),
+        PublishedRatio(),
     ),
 }
 """The policies of each problem, the exact program first."""
