@@ -126,7 +126,7 @@ def stage_times(bundle: Bundle, load: SlotLoad, ratio: float) -> tuple[float, fl
     return float(bundle.attention_time(kv)), bundle.transfer_time(ratio), bundle.ffn_time(ratio)
 
 
-def throughput(bundle: Bundle, cycle_s: float, workers: int, servers: int = 1) -> float:
+def throughput(bundle: Bundle, cycle_s: float, workers: float, servers: float = 1) -> float:
     """Tokens/s per unit of weight, x B / ((x w_A + y w_F) L tau), with a cycle of `cycle_s` s per layer.
 
     The weights are the prices (then it is tokens/s per USD/hour) or one each (tokens/s per instance): `Bundle.weights`.
