@@ -18,8 +18,9 @@ from llmopt.scenario import Scenario
 
 if TYPE_CHECKING:
     from llmopt.assess import StabilityReport
-    from llmopt.evaluate.compare import Progress
     from llmopt.evaluate.comparison import Comparison
+    from llmopt.evaluate.jobs import Progress
+    from llmopt.evaluate.ratio_comparison import RatioComparison
 
 DEFAULTS = {"routing": "max-margin", "batching": "mc-sf", "af-ratio": "afd-fleet"}
 """The policy whose plan `plan` makes unless another is named, by problem."""
@@ -34,8 +35,10 @@ def compare(
     policies: Sequence[str | Policy] | None = None,
     seeds: int | Sequence[int] | None = None,
     progress: Progress | None = None,
-) -> Comparison:
-    """Play policies against the same arrivals in the fluid model and the simulator.
+) -> Comparison | RatioComparison:
+    """Play policies against the same arrivals in the fluid model and the simulator, or on the same full slots.
+
+    The latter where the A/F ratio is open; both kinds of comparison have rows, a table, JSON, CSV and Parquet.
 
     Parameters
     ----------
@@ -156,8 +159,13 @@ def with_predictions(scenario: Scenario, text: str) -> Scenario:
     Raises
     ------
     ScenarioError
-        If there is no such law, or its number is missing or out of range.
+        If there is no such law, its number is missing or out of range, or nothing in the scenario depends on it.
     """
+    if scenario.problem == "af-ratio":
+        raise ScenarioError(
+            f"--predictions {text}: slots are always full where the A/F ratio is open, so that no rule looks at "
+            "predictions; drop it"
+        )
     law, _, value = text.partition(":")
     numbers = {"noise": "sigma", "interval": "factor", "quantile": "q"}
     plain = {"oracle", "class-mean", "none"}

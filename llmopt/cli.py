@@ -19,7 +19,10 @@ from llmopt.errors import LLMOptError, ScenarioError
 
 if TYPE_CHECKING:
     from llmopt.evaluate.comparison import Comparison
+    from llmopt.evaluate.ratio_comparison import RatioComparison
     from llmopt.scenario import Scenario
+
+    Compared = Comparison | RatioComparison
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 NO = 1
@@ -104,7 +107,7 @@ def compare(
 
 @main.command()
 @click.argument("scenario", metavar="SCENARIO")
-@click.option("--policy", metavar="NAME", help="Whose plan to make; max-margin or, for batching, mc-sf if absent.")
+@click.option("--policy", metavar="NAME", help="Whose plan to make; max-margin, mc-sf or afd-fleet if absent.")
 @scenario_options
 @json_option
 def plan(
@@ -252,7 +255,7 @@ def _told_apart(scenarios: list[Scenario]) -> list[Scenario]:
     return scenarios
 
 
-def _write_comparisons(comparisons: Sequence[Comparison], json_file: str | None, report: str | None) -> None:
+def _write_comparisons(comparisons: Sequence[Compared], json_file: str | None, report: str | None) -> None:
     if report:
         from llmopt.page import write_report
 
@@ -263,7 +266,7 @@ def _write_comparisons(comparisons: Sequence[Comparison], json_file: str | None,
     deliver(json_file, lambda: data[0] if len(data) == 1 else data)
 
 
-def _exit_of_comparisons(comparisons: Sequence[Comparison], check: bool) -> None:
+def _exit_of_comparisons(comparisons: Sequence[Compared], check: bool) -> None:
     """1 if a check fails or nothing was feasible, 2 if no policy of a scenario worked for another reason."""
     for comparison in comparisons:
         if _code(comparison):
@@ -272,7 +275,7 @@ def _exit_of_comparisons(comparisons: Sequence[Comparison], check: bool) -> None
             raise click.exceptions.Exit(NO)
 
 
-def _code(comparison: Comparison) -> int:
+def _code(comparison: Compared) -> int:
     """The exit code of a comparison in which no policy worked; 0 if one did."""
     statuses = [outcome.status for outcome in comparison.outcomes]
     if any(status == "ok" for status in statuses):

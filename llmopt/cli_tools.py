@@ -41,7 +41,7 @@ def show(parts: Iterable[RenderableType]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=WIDTH)
-    from llmopt.text import fitted
+    from llmopt.tables import fitted
 
     for part in (piece for whole in parts for piece in fitted(whole, console.width)):
         console.print(part, soft_wrap=not console.is_terminal and isinstance(part, str | Text))

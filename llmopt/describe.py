@@ -32,12 +32,32 @@ def plan_data(plan: Plan, scenario: Scenario) -> dict[str, Any]:
         "classes": [c.name for c in scenario.workload.classes],
         "pools": [p.name for p in scenario.pools],
     }
+    if scenario.problem == "af-ratio":
+        decided = _bundles_data(plan, scenario)
+        return {**head, "policy": plan.policy, **decided, "solve": proof, "figures": plan.figures}
     return head | {
         "policy": plan.policy,
         "router": rule,
         "batcher": plan.batcher.described(),
         "solve": proof,
         "figures": plan.figures,
+    }
+
+
+def _bundles_data(plan: Plan, scenario: Scenario) -> dict[str, Any]:
+    """The bundles of a plan and what theory says of the first, its ratio, regime, throughput, idle shares and curve."""
+    from llmopt.evaluate.ratio_curve import theory_data
+    from llmopt.ratio import regime
+    from llmopt.ratio_report import ratio_report
+
+    assert plan.bundle is not None
+    return {
+        "bundle": plan.bundle.model_dump(mode="json"),
+        "bundles": plan.bundles,
+        "others": [{"bundle": one.model_dump(mode="json"), "bundles": count} for one, count in plan.others],
+        "load": scenario.slot_load,
+        "regime": regime(plan.bundle, scenario.slot_load, plan.bundle.ratio),
+        "theory": theory_data(ratio_report(scenario, plan.bundle, scenario.evaluation.confidence)),
     }
 
 

@@ -7,10 +7,15 @@ from pathlib import Path
 from string import Template
 
 from llmopt import __version__
+from llmopt.drawing import KINDS, Kind
 from llmopt.evaluate.comparison import Comparison, Outcome
+from llmopt.evaluate.ratio_comparison import RatioComparison
 from llmopt.evaluate.report import Estimate
 from llmopt.output import to_json, write
+from llmopt.page_ratio import CAPTIONS as RATIO_CAPTIONS
+from llmopt.page_ratio import ratio_meta, ratio_notes, ratio_table
 from llmopt.plot import VERDICT_COLOURS, comparison_pictures
+from llmopt.plot_ratio import ratio_pictures
 from llmopt.tables import number
 from llmopt.text import headline, margin_text
 
@@ -19,6 +24,7 @@ CAPTIONS = {
     "load": "Estimated load of each pool. Beyond 1 a pool cannot keep up, whatever the order of service.",
     "latency": "Distributions over the measured requests of all seeds. Dashed where the backlog grew in the run: these "
     "latencies grow with its length.",
+    **RATIO_CAPTIONS,
 }
 COLUMNS = {
     "ttft_p50": ("TTFT p50", "s", 1.0),
@@ -53,9 +59,7 @@ figure { margin: 2em 0; } figure svg { max-width: 100%; height: auto; }
 <div class="wide"><table><thead><tr>$head</tr></thead><tbody>
 $rows
 </tbody></table></div>
-<p class="meta">Means over seeds with the half-width of their $confidence intervals. Margin: the factor by which all
-arrivals could grow, to within 2 %, found by long simulated runs, from which the verdict follows; in brackets by the
-step-mean estimate, where the policy decides a fixed split. * depends on how long was simulated: the backlog grew.</p>
+<p class="meta">Means over seeds with the half-width of their $confidence intervals. $legend</p>
 $notes
 $figures
 <p class="meta">llmopt $version. The same numbers, and more, are in results.json and results.csv beside this file.</p>
@@ -63,35 +67,46 @@ $figures
 """)
 
 
-def html_report(comparison: Comparison, pictures: dict[str, bytes]) -> str:
+LEGEND = (
+    "Margin: the factor by which all arrivals could grow, to within 2 %, found by long simulated runs, from which the "
+    "verdict follows; in brackets by the step-mean estimate, where the policy decides a fixed split. * depends on how "
+    "long was simulated: the backlog grew."
+)
+
+
+def html_report(comparison: Comparison | RatioComparison, pictures: dict[str, bytes]) -> str:
     """The page; `pictures` are SVG files by name, put inline."""
     scenario = comparison.scenario
-    seeds = " ".join(str(s) for s in comparison.seeds)
-    names = ["policy", "fluid", "simulated", "margin (theory)"]
-    heads = [f"<th>{name}</th>" for name in names]
-    heads += ["<th>E2E<br><span>x bound</span></th>"] if comparison.bound is not None else []
-    heads += [f"<th>{name}<br><span>{unit}</span></th>" for name, unit, _ in _columns(comparison).values()]
-    failed = [f"{o.policy}: {o.status}" for o in comparison.outcomes if not o.ok]
+    if isinstance(comparison, RatioComparison):
+        head, rows = ratio_table(comparison)
+        meta, legend, notes = ratio_meta(comparison), "", ratio_notes(comparison)
+    else:
+        lines = [*_bound_row(comparison), *(_row(comparison, outcome) for outcome in comparison.outcomes)]
+        head, rows = _head(comparison), "\n".join(lines)
+        meta = f"{headline(scenario)}, seeds {' '.join(str(s) for s in comparison.seeds)}"
+        failed = [f"{o.policy}: {o.status}" for o in comparison.outcomes if not o.ok]
+        legend, notes = LEGEND, [f'<p class="meta">{escape(text)}</p>' for text in [*failed, *comparison.notes]]
     return PAGE.substitute(
         title=f"{escape(scenario.name)}: policies compared",
         question=escape(scenario.question),
-        meta=escape(f"{headline(scenario)}, seeds {seeds}"),
-        head="".join([*heads, "<th>gap</th>"]),
-        rows="\n".join(_bound_row(comparison) + [_row(comparison, outcome) for outcome in comparison.outcomes]),
+        meta=escape(meta),
+        head=head,
+        rows=rows,
         confidence=f"{scenario.evaluation.confidence:.0%}",
-        notes="\n".join(f'<p class="meta">{escape(text)}</p>' for text in [*failed, *comparison.notes]),
+        legend=legend,
+        notes="\n".join(notes),
         figures="\n".join(_figure(name, svg) for name, svg in pictures.items()),
         version=__version__,
     )
 
 
-def write_report(comparison: Comparison, folder: str | Path) -> list[Path]:
+def write_report(comparison: Comparison | RatioComparison, folder: str | Path) -> list[Path]:
     """Fill a results folder: results (JSON, CSV, Parquet), timings, pictures (SVG, PNG) and the page.
 
     Everything is computed before the first file is written. Files of other names in the folder stay.
     """
     target = Path(folder)
-    vector, bitmap = (comparison_pictures(comparison, kind) for kind in ("svg", "png"))
+    vector, bitmap = (_pictures(comparison, kind) for kind in KINDS)
     page = html_report(comparison, vector)
     written = [
         write(target / "results.json", comparison.to_json(timings=False)),
@@ -103,6 +118,20 @@ def write_report(comparison: Comparison, folder: str | Path) -> list[Path]:
         write(target / "report.html", page),
     ]
     return [path for path in written if path is not None]
+
+
+def _pictures(comparison: Comparison | RatioComparison, kind: Kind) -> dict[str, bytes]:
+    if isinstance(comparison, RatioComparison):
+        return ratio_pictures(comparison, kind)
+    return comparison_pictures(comparison, kind)
+
+
+def _head(comparison: Comparison) -> str:
+    names = ["policy", "fluid", "simulated", "margin (theory)"]
+    heads = [f"<th>{name}</th>" for name in names]
+    heads += ["<th>E2E<br><span>x bound</span></th>"] if comparison.bound is not None else []
+    heads += [f"<th>{name}<br><span>{unit}</span></th>" for name, unit, _ in _columns(comparison).values()]
+    return "".join([*heads, "<th>gap</th>"])
 
 
 def _columns(comparison: Comparison) -> dict[str, tuple[str, str, float]]:

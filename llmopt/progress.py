@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 
 class Display:
-    """Called with (jobs done, jobs in all, what starts now), as `llmopt.evaluate.compare.Progress` says."""
+    """Called with (jobs done, jobs in all, what starts now), as `llmopt.evaluate.jobs.Progress` says."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from rich.cells import cell_len
+from rich.console import RenderableType
 from rich.table import Table
 
 
@@ -46,3 +48,32 @@ def pairs(name: str, value: str, rows: dict[str, Any]) -> Table:
         number_like = isinstance(item, float | int) and not isinstance(item, bool)
         table.add_row(key, number(float(item), 4) if number_like else str(item))
     return table
+
+
+def fitted(part: RenderableType, width: int) -> list[RenderableType]:
+    """A table too wide for `width` characters as several below each other, the first column in each; else as it is."""
+    if not isinstance(part, Table):
+        return [part]
+    groups: list[list[int]] = [[]]
+    used = first = 0
+    for k, column in enumerate(part.columns):
+        need = 2 + max(cell_len(str(cell)) for cell in (column.header, *column.cells))
+        if k == 0:
+            used = first = need
+            continue
+        if groups[-1] and used + need - 2 > width:
+            groups.append([])
+            used = first
+        groups[-1].append(k)
+        used += need
+    return [part] if len(groups) == 1 else [_columns_of(part, [0, *group]) for group in groups]
+
+
+def _columns_of(table: Table, chosen: Sequence[int]) -> Table:
+    some = grid()
+    columns = [table.columns[k] for k in chosen]
+    for column in columns:
+        some.add_column(column.header, justify=column.justify, no_wrap=column.no_wrap)
+    for row in zip(*(column.cells for column in columns), strict=True):
+        some.add_row(*row)
+    return some

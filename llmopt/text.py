@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from rich.cells import cell_len
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -15,10 +14,12 @@ from llmopt.batcher import FIFO
 from llmopt.plan import STATE_FEATURES, Plan, Router
 from llmopt.scenario import Scenario
 from llmopt.tables import counted, duration, grid, number, pairs
+from llmopt.text_ratio import ratio_comparison_view, ratio_plan_view
 
 if TYPE_CHECKING:
     from llmopt.assess import StabilityReport
     from llmopt.evaluate.comparison import Comparison, Outcome
+    from llmopt.evaluate.ratio_comparison import RatioComparison
     from llmopt.trace_summary import Spread
     from llmopt.traces import Trace
 
@@ -31,8 +32,13 @@ def verdict(word: str) -> Text:
     return Text(word or "–", style=VERDICT_STYLES.get(word, "dim"))
 
 
-def comparison_view(comparison: Comparison) -> Iterator[RenderableType]:
+def comparison_view(comparison: Comparison | RatioComparison) -> Iterator[RenderableType]:
     """Headline, one row per policy, and notes."""
+    from llmopt.evaluate.ratio_comparison import RatioComparison
+
+    if isinstance(comparison, RatioComparison):
+        yield from ratio_comparison_view(comparison)
+        return
     scenario = comparison.scenario
     if scenario.question:
         yield Text(scenario.question, style="italic")
@@ -176,9 +182,12 @@ def _comparison_notes(comparison: Comparison) -> Iterator[RenderableType]:
 
 
 def plan_view(plan: Plan, scenario: Scenario) -> Iterator[RenderableType]:
-    """The rule, the proof, the figures and the prices."""
-    yield Text(headline(scenario))
-    yield from _rule_view(plan, scenario)
+    """The rule, or where the A/F ratio is open the bundle, the proof, the figures and the prices."""
+    if scenario.problem == "af-ratio":
+        yield from ratio_plan_view(plan, scenario)
+    else:
+        yield Text(headline(scenario))
+        yield from _rule_view(plan, scenario)
     if plan.batcher != FIFO:
         yield pairs("batching rule", "", plan.batcher.described())
     if plan.solve is not None:
@@ -244,35 +253,6 @@ def prices_view(prices: Mapping[str, Mapping[str, float]], unit: str) -> Table:
     for pool, row in prices.items():
         table.add_row(pool, *(number(row[kind], 4) if row[kind] else "·" for kind in kinds))
     return table
-
-
-def fitted(part: RenderableType, width: int) -> list[RenderableType]:
-    """A table too wide for `width` characters as several below each other, the first column in each; else as it is."""
-    if not isinstance(part, Table):
-        return [part]
-    groups: list[list[int]] = [[]]
-    used = first = 0
-    for k, column in enumerate(part.columns):
-        need = 2 + max(cell_len(str(cell)) for cell in (column.header, *column.cells))
-        if k == 0:
-            used = first = need
-            continue
-        if groups[-1] and used + need - 2 > width:
-            groups.append([])
-            used = first
-        groups[-1].append(k)
-        used += need
-    return [part] if len(groups) == 1 else [_columns_of(part, [0, *group]) for group in groups]
-
-
-def _columns_of(table: Table, chosen: Sequence[int]) -> Table:
-    some = grid()
-    columns = [table.columns[k] for k in chosen]
-    for column in columns:
-        some.add_column(column.header, justify=column.justify, no_wrap=column.no_wrap)
-    for row in zip(*(column.cells for column in columns), strict=True):
-        some.add_row(*row)
-    return some
 
 
 def stability_view(report: StabilityReport, scenario: Scenario) -> Iterator[RenderableType]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llmopt.arrays import Floats
 from llmopt.assess import assess
-from llmopt.errors import Infeasible, LLMOptError, PolicyError, ScenarioError
+from llmopt.errors import LLMOptError, PolicyError, ScenarioError
 from llmopt.evaluate.comparison import QUANTILES, Bound, Comparison, Outcome, Simulated
 from llmopt.evaluate.fluid import evaluate_fluid
+from llmopt.evaluate.jobs import Jobs, Progress, check_names, reason
 from llmopt.evaluate.margin import ASKED, backlog_growth, long_run, simulated_margin
 from llmopt.evaluate.report import in_window, measure, realised_split
 from llmopt.evaluate.run import SimRun
@@ -25,8 +25,8 @@ from llmopt.predictions import ORACLE
 from llmopt.scenario import Scenario
 from llmopt.workload import Requests
 
-Progress = Callable[[int, int, str], None]
-"""Called with (jobs done, jobs in all, what starts now)."""
+if TYPE_CHECKING:
+    from llmopt.evaluate.ratio_comparison import RatioComparison
 
 ROUNDING = 1e-9
 """Relative error of a sum of step times."""
@@ -48,11 +48,11 @@ def compare(
     policies: Sequence[Policy],
     seeds: Sequence[int] | None = None,
     progress: Progress | None = None,
-) -> Comparison:
+) -> Comparison | RatioComparison:
     """Play every policy against the same arrivals and collect one row each.
 
     Arrivals are sampled once per seed and shared by all policies (common random numbers). A policy that raises, or
-    whose program is infeasible, keeps its row with the reason.
+    whose program is infeasible, keeps its row with the reason. Where the A/F ratio is open it is `compare_ratios`.
 
     Parameters
     ----------
@@ -72,16 +72,22 @@ def compare(
     ScenarioError
         If more requests are asked for than memory holds.
     """
-    names = [policy.name for policy in policies]
-    if not names:
-        raise PolicyError("compare was given no policy; name at least one")
-    if len(set(names)) < len(names):
-        raise PolicyError(f"compare needs policies with different names, but was given {names}; rename or drop some")
+    check_names(policies)
     given = scenario.evaluation.seeds if seeds is None else seeds
+    if scenario.problem == "af-ratio":
+        from llmopt.evaluate.ratio_compare import compare_ratios
+
+        return compare_ratios(scenario, policies, tuple(given), progress)
     _check_size(scenario, len(given))
     chosen = tuple(given)
     arrivals = {seed: scenario.workload.sample(scenario.evaluation.horizon, seed) for seed in chosen}
-    game = _Game(scenario, arrivals, long_run(scenario, chosen[0]), progress, total=len(policies) * (2 + len(chosen)))
+    game = _Game(
+        scenario=scenario,
+        arrivals=arrivals,
+        long=long_run(scenario, chosen[0]),
+        progress=progress,
+        total=len(policies) * (2 + len(chosen)),
+    )
     outcomes = []
     for i, policy in enumerate(policies):
         outcomes.append(game.play(policy))
@@ -91,18 +97,14 @@ def compare(
     return Comparison(scenario, chosen, tuple(outcomes), bound)
 
 
-@dataclass
-class _Game:
+@dataclass(kw_only=True)
+class _Game(Jobs):
     """Scenario, shared arrivals and the state of the progress display."""
 
     scenario: Scenario
     arrivals: dict[int, Requests]
     long: Requests
-    progress: Progress | None
-    total: int
-    done: int = 0
     warm: bool = False
-    seconds: dict[str, float] = field(default_factory=dict)
 
     def play(self, policy: Policy) -> Outcome:
         """All stages for one policy; what was reached before an error is kept."""
@@ -112,7 +114,7 @@ class _Game:
                 outcome = stage(policy, outcome)
         except Exception as error:
             # A user's rule may raise anything; one broken policy must not cost the others their rows.
-            outcome = replace(outcome, status=_reason(error))
+            outcome = replace(outcome, status=reason(error))
         return replace(outcome, seconds=dict(self.seconds))
 
     def plan(self, policy: Policy, outcome: Outcome) -> Outcome:
@@ -173,21 +175,6 @@ class _Game:
                 return simulated_margin(self.scenario, plan, played, guess)
             except LLMOptError as error:
                 raise PolicyError(f"in the long runs for the margin, {error}") from error
-
-    @contextmanager
-    def timed(self, key: str) -> Iterator[None]:
-        """Add the wall-clock seconds of the block to `key`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
-
-    def tell(self, what: str, jobs: int = 1) -> None:
-        """Report that `what` starts, and count it as `jobs`."""
-        if self.progress is not None:
-            self.progress(self.done, self.total, what)
-        self.done += jobs
 
 
 def decided(scenario: Scenario, plan: Plan) -> bool:
@@ -261,11 +248,3 @@ def _quantiles(samples: Sequence[Floats]) -> Floats:
     pooled = np.concatenate(samples)
     pooled = pooled[np.isfinite(pooled)]
     return np.asarray(np.quantile(pooled, QUANTILES)) if len(pooled) else np.full(len(QUANTILES), np.nan)
-
-
-def _reason(error: Exception) -> str:
-    """One line for the status column."""
-    text = " ".join(str(error).split())
-    if isinstance(error, Infeasible):
-        return f"infeasible: {text}"
-    return text if isinstance(error, LLMOptError) else f"raised {type(error).__name__}: {text}"

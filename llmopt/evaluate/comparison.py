@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +19,8 @@ from llmopt.arrays import Floats
 from llmopt.evaluate.fluid import FluidRun
 from llmopt.evaluate.growth import Growth
 from llmopt.evaluate.report import Estimate, Report, paired_difference, summarise
-from llmopt.output import plain, to_json, write
+from llmopt.evaluate.written import Written
+from llmopt.output import plain
 from llmopt.plan import Plan
 from llmopt.scenario import Scenario
 
@@ -137,7 +137,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Written):
     """Policies on one scenario, played against the same arrivals; `outcomes` in the order asked for.
 
     bound: where batching is open, what no rule can beat.
@@ -214,29 +214,6 @@ class Comparison:
             head["bound"] = {"mean": self.bound.mean} | vars(self.bound)
         data: dict[str, Any] = plain(head | {"policies": [self._full(o) for o in self.outcomes]})
         return data
-
-    def to_json(self, path: str | Path | None = None, timings: bool = True) -> str:
-        """JSON text, also written to `path`; the timings are its last block, or left out."""
-        text = to_json(self.as_dict() | ({"timings": self.timings()} if timings else {}))
-        if path is not None:
-            write(path, text)
-        return text
-
-    def to_csv(self, path: str | Path) -> Path:
-        """`records` as CSV; returns the path."""
-        import pandas as pd
-
-        return write(path, pd.DataFrame(self.records()).to_csv(index=False, lineterminator="\n"))
-
-    def to_parquet(self, path: str | Path) -> Path | None:
-        """`records` as Parquet; None, and nothing written, where pyarrow (the extra `parquet`) is missing."""
-        from importlib.util import find_spec
-
-        import pandas as pd
-
-        if find_spec("pyarrow") is None:
-            return None
-        return write(path, pd.DataFrame(self.records()).to_parquet(index=False))
 
     def _row(self, outcome: Outcome) -> dict[str, Any]:
         metrics = outcome.estimates(self.scenario.evaluation.confidence)

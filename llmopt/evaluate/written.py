@@ -1,0 +1,48 @@
+"""How comparisons of every kind are written: JSON, CSV and Parquet."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from llmopt.output import to_json, write
+
+
+class Written(ABC):
+    """A comparison that has plain data, flat rows and timings, and hence files."""
+
+    @abstractmethod
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the timings, as plain data."""
+
+    @abstractmethod
+    def records(self) -> list[dict[str, Any]]:
+        """Flat rows, one per policy."""
+
+    @abstractmethod
+    def timings(self) -> dict[str, dict[str, float]]:
+        """Wall-clock seconds of each policy."""
+
+    def to_json(self, path: str | Path | None = None, timings: bool = True) -> str:
+        """JSON text, also written to `path`; the timings are its last block, or left out."""
+        text = to_json(self.as_dict() | ({"timings": self.timings()} if timings else {}))
+        if path is not None:
+            write(path, text)
+        return text
+
+    def to_csv(self, path: str | Path) -> Path:
+        """`records` as CSV; returns the path."""
+        import pandas as pd
+
+        return write(path, pd.DataFrame(self.records()).to_csv(index=False, lineterminator="\n"))
+
+    def to_parquet(self, path: str | Path) -> Path | None:
+        """`records` as Parquet; None, and nothing written, where pyarrow (the extra `parquet`) is missing."""
+        from importlib.util import find_spec
+
+        import pandas as pd
+
+        if find_spec("pyarrow") is None:
+            return None
+        return write(path, pd.DataFrame(self.records()).to_parquet(index=False))

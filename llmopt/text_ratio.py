@@ -1,0 +1,253 @@
+"""What the commands print where the A/F ratio is open: rows of policies, what a wrong ratio costs, one plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from llmopt.bundle import Bundle
+from llmopt.plan import Plan
+from llmopt.ratio import regime
+from llmopt.scenario import Scenario
+from llmopt.tables import duration, grid, number, pairs
+
+if TYPE_CHECKING:
+    from llmopt.evaluate.ratio_comparison import RatioComparison, RatioOutcome
+    from llmopt.evaluate.ratio_curve import Curve
+    from llmopt.evaluate.report import Estimate
+    from llmopt.ratio_report import RatioReport
+
+BAR = 24
+"""Characters of the bar of the best ratio."""
+NEAR = 0.01
+"""Loss up to which a ratio is shown as near the best."""
+MOST_LINES = 14
+"""Ratios shown of a curve, at most about."""
+LANDMARKS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+"""Ratios that a long curve shows whatever happens; the published simulation's among them."""
+NOTES = (
+    "loss: share of the throughput per instance (per dollar where both prices are given) lost against the best "
+    "simulated ratio at the same B; predicted: by theory, with the wait for the fullest worker",
+    "every slot is always full; all policies are judged by the same loads; ±: half-width over seeds",
+)
+
+
+def ratio_headline(scenario: Scenario) -> str:
+    """Name, digest, and what the slots hold."""
+    load, bundle = scenario.slot_load, scenario.bundle
+    error = f" ± {number(load.error)}" if load.error else ""
+    pipeline = f"{bundle.micro_batches} micro-batches in flight, {bundle.pipeline} pipeline"
+    return (
+        f"{scenario.name} [{scenario.digest}]: a slot holds {number(load.theta, 4)}{error} tokens on average, "
+        f"deviation {number(load.deviation)}; {pipeline}"
+    )
+
+
+def ratio_comparison_view(comparison: RatioComparison) -> Iterator[RenderableType]:
+    """Headline, one row per policy, what a wrong ratio costs, what follows, and notes."""
+    scenario = comparison.scenario
+    if scenario.question:
+        yield Text(scenario.question, style="italic")
+    evaluation = scenario.evaluation
+    yield Text(
+        f"{ratio_headline(scenario)}; {evaluation.requests:,} requests a micro-batch, {evaluation.start} start, seeds "
+        + " ".join(str(s) for s in comparison.seeds)
+    )
+    yield policies_table(comparison)
+    for outcome in comparison.outcomes:
+        if not outcome.ok:
+            yield Text(f"{outcome.policy}: {outcome.status}", style="red")
+    for curve in comparison.curves:
+        chosen = [o for o in comparison.outcomes if o.curve is curve]
+        yield ""
+        yield Text(curve_title(curve), style="bold")
+        yield curve_table(curve, chosen)
+    for sentence in comparison.sentences:
+        yield Text(sentence)
+    for note in NOTES:
+        yield Text(note, style="dim")
+    for outcome in comparison.outcomes:
+        if outcome.plan is not None and "note" in outcome.plan.figures:
+            yield Text(f"{outcome.policy}: {outcome.plan.figures['note']}", style="dim")
+
+
+def curve_title(curve: Curve) -> str:
+    """What the curve is of."""
+    return f"What a wrong ratio costs: Attention workers beside {servers_text(curve.bundle)}, B = {curve.bundle.batch}"
+
+
+def policies_table(comparison: RatioComparison) -> Table:
+    """One row per policy; columns that say nothing are left out."""
+    outcomes = comparison.outcomes
+    priced = any(o.bundle is not None and o.bundle.price > 0 for o in outcomes)
+    devices = any(o.bundle is not None and o.bundle.devices > sum(sizes(o)) for o in outcomes)
+    several = any(o.plan is not None and (o.plan.bundles > 1 or o.plan.others) for o in outcomes)
+    right = ["B", "ratio", "regime", "predicted", "tokens/s per instance", "loss", "idle A", "idle F"]
+    optional = {"tokens/s per device": devices, "USD/M tokens": priced, "tokens/s in all": several}
+    right += ["TPOT mean / p99 (ms)", *(key for key, said in optional.items() if said), "gap", "plan (s)"]
+    table = grid("policy", "bundle", right=right)
+    for outcome in outcomes:
+        more = zip(optional.values(), (outcome.per_device, outcome.cost, outcome.tokens), strict=True)
+        table.add_row(*_row(comparison, outcome), *(number(x, 4) for said, x in more if said), *_end(outcome))
+    return table
+
+
+def sizes(outcome: RatioOutcome) -> tuple[int, int]:
+    """Workers and servers of the outcome's bundle, zeros without one."""
+    bundle = outcome.bundle
+    return (0, 0) if bundle is None else (bundle.attention_workers, bundle.ffn_servers)
+
+
+def bundles_text(plan: Plan | None) -> str:
+    """`9A-1F`, or `3 x 9A-1F + 2A-1F` where there are several."""
+    if plan is None or plan.bundle is None:
+        return "–"
+    shapes = [(plan.bundle, plan.bundles), *plan.others]
+    return " + ".join(f"{n} x {shape(bundle)}" if n > 1 else shape(bundle) for bundle, n in shapes)
+
+
+def shape(bundle: Bundle) -> str:
+    """`9A-1F`."""
+    return f"{bundle.attention_workers}A-{bundle.ffn_servers}F"
+
+
+def _row(comparison: RatioComparison, outcome: RatioOutcome) -> list[RenderableType]:
+    bundle = outcome.bundle
+    head: list[RenderableType] = [outcome.policy, bundles_text(outcome.plan)]
+    if bundle is None:
+        return [*head, *["–"] * 9]
+    tpot = [number(1e3 * outcome.at(key).mean) for key in ("tpot", "tpot_p99")]
+    return [
+        *head,
+        str(bundle.batch),
+        number(outcome.ratio),
+        comparison.regime(outcome),
+        number(outcome.predicted, 4),
+        plus_minus(outcome.at("throughput")),
+        share(outcome.loss, 2),
+        share(outcome.at("idle_attention").mean),
+        share(outcome.at("idle_ffn").mean),
+        " / ".join(tpot),
+    ]
+
+
+def _end(outcome: RatioOutcome) -> list[str]:
+    seconds = outcome.seconds.get("plan", math.nan)
+    return [number(outcome.gap, 2), "–" if math.isnan(seconds) else duration(seconds)]
+
+
+def plus_minus(value: Estimate, digits: int = 4) -> str:
+    """Mean and half-width, the latter left out where there is none."""
+    half = "" if math.isnan(value.half) else f" ± {number(value.half, 2)}"
+    return number(value.mean, digits) + half
+
+
+def share(value: float, decimals: int = 1) -> str:
+    """A share in percent, a dash where not defined."""
+    return "–" if math.isnan(value) else f"{value:.{decimals}%}".replace("-0.0%", "0.0%")
+
+
+def shown_ratios(most: int, wanted: Sequence[int]) -> list[int]:
+    """Every x up to `most` if these are few; else landmarks and those `wanted`."""
+    if most <= MOST_LINES:
+        return list(range(1, most + 1))
+    return sorted({x for x in (*LANDMARKS, *wanted, most) if 1 <= x <= most})
+
+
+def curve_table(curve: Curve, outcomes: Sequence[RatioOutcome]) -> Table:
+    """A line for each ratio shown, with a bar, the optimum and its plateau marked, and who chose it."""
+    chosen = {x: [o.policy for o in outcomes if sizes(o)[0] == x] for x in range(1, curve.workers + 1)}
+    first, last = curve.plateau
+    wanted = [first, curve.best, last, *(x for x, names in chosen.items() if names)]
+    worth = 1 - curve.loss
+    mean_field, barrier = curve.theory()
+    right = ["tokens/s per instance", "predicted", "mean field", "loss", "idle A", "idle F"]
+    table = grid("bundle", right=right)
+    table.add_column("")
+    table.add_column("chosen by")
+    y = curve.bundle.ffn_servers
+    for x in shown_ratios(curve.workers, wanted):
+        k = x - 1
+        idle = [share(curve.at(x, key).mean) for key in ("idle_attention", "idle_ffn")]
+        theory = [number(barrier[k], 4), number(mean_field[k], 4)]
+        said = [plus_minus(curve.at(x, "throughput")), *theory, share(curve.loss[k], 2), *idle]
+        style = "bold green" if x == curve.best else "green" if first <= x <= last else ""
+        mark = Text(bar(worth[k]) + (" optimum" if x == curve.best else ""), style=style)
+        table.add_row(f"{x}A-{y}F", *said, mark, Text(listed(chosen[x]), style=style))
+    return table
+
+
+def bar(part: float, width: int = BAR) -> str:
+    """A bar for `part` of the best, to an eighth of a character."""
+    if not 0 <= part < math.inf:
+        return ""
+    eighths = round(8 * width * part)
+    return "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """Names, the last ones counted where there are many."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def ratio_plan_view(plan: Plan, scenario: Scenario) -> Iterator[RenderableType]:
+    """The bundle, what theory says of it, the curve over ratios, and what follows."""
+    from llmopt.ratio_report import ratio_report
+
+    bundle = plan.bundle
+    assert bundle is not None
+    report = ratio_report(scenario, bundle, scenario.evaluation.confidence)
+    yield Text(ratio_headline(scenario))
+    yield pairs(f"{plan.policy}: bundle", bundles_text(plan), _facts(plan, scenario, report))
+    yield ""
+    yield Text(f"Ratios beside {servers_text(bundle)}, B = {bundle.batch}, by theory", style="bold")
+    yield theory_table(bundle, report)
+    yield pairs("pipeline", "best ratio", dict(report.semantics))
+    for sentence in report.sentences:
+        yield Text(sentence)
+
+
+def _facts(plan: Plan, scenario: Scenario, report: RatioReport) -> dict[str, str]:
+    bundle = plan.bundle
+    assert bundle is not None
+    (low, high), of_mean_field = report.interval, number(report.throughput_mean_field, 4)
+    facts = {
+        "micro-batch B": f"{bundle.batch:,} sequences",
+        "A/F ratio": number(bundle.ratio, 4),
+        "best ratio, mean field": number(report.optimum.ratio, 4),
+        "its interval": f"{number(low, 4)} to {number(high, 4)}" if high > low else "a point: the lengths are given",
+        "best with the barrier": f"{report.barrier}A-{bundle.ffn_servers}F",
+        "published rule": f"{number(report.published.ratio, 4)}, from empty slots {number(report.horizon.ratio, 4)}",
+        "regime": regime(bundle, scenario.slot_load, bundle.ratio),
+        "tokens/s per instance": f"{number(report.throughput, 4)} (mean field {of_mean_field})",
+        "idle": f"Attention {share(report.idle_attention)}, FFN {share(report.idle_ffn)}",
+        "TPOT": f"{number(1e3 * report.tpot)} ms",
+    }
+    if report.per_dollar == report.per_dollar and report.per_dollar:
+        facts["per dollar"] = f"{number(report.per_dollar, 4)}"
+    return facts
+
+
+def theory_table(bundle: Bundle, report: RatioReport) -> Table:
+    """As `curve_table`, by theory alone: the optimum and the plan's own ratio are marked."""
+    best, own = min(report.curve, key=lambda point: point.loss).workers, bundle.attention_workers
+    shown = shown_ratios(report.curve[-1].workers, [best, own, best - 1, best + 1])
+    table = grid("bundle", right=["tokens/s per instance", "mean field", "loss"])
+    table.add_column("")
+    for x, mean_field, barrier, loss in (point for point in report.curve if point.workers in shown):
+        words = [" optimum"] * (x == best) + [" this plan"] * (x == own)
+        style = "bold green" if x == best else "green" if loss <= NEAR else ""
+        mark = Text(bar(1 - loss) + ",".join(words), style=style)
+        table.add_row(f"{x}A-{bundle.ffn_servers}F", number(barrier, 4), number(mean_field, 4), share(loss, 2), mark)
+    return table
+
+
+def servers_text(bundle: Bundle) -> str:
+    """`an FFN server`, `3 FFN servers`."""
+    return "an FFN server" if bundle.ffn_servers == 1 else f"{bundle.ffn_servers} FFN servers"
