@@ -197,8 +197,8 @@ def _of_optimum(report: RatioReport, load: SlotLoad) -> str:
     y, fullest = bundle.ffn_servers, imbalance(bundle, load, report.barrier)
     return (
         f"In the mean field {best.ratio:.2f} Attention workers per FFN server are best, where the bundle is "
-        f"{best.regime} (A = {a:.1f}, C = {c:.1f}, F = {f:.1f} us in a layer); with the barrier, whose fullest worker "
-        f"holds {fullest:.1%} more than the mean, {report.barrier}A-{y}F is best of whole bundles."
+        f"{best.regime} (A = {a:.1f}, C = {c:.1f}, F = {f:.1f} us in a layer); with the barrier, where the "
+        f"fullest of {report.barrier} workers holds {fullest:.1%} more than the mean, {report.barrier}A-{y}F is best."
     )
 
 
