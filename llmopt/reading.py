@@ -98,11 +98,22 @@ def _from_catalog(pool: dict[str, Any], where: str, folder: Path) -> dict[str, A
     constants = {"source": entry.description} | entry.pool
     if pool.get("preemption", "recompute") != "recompute":
         constants.pop("prefix_caching", None)  # only what is computed twice can be found in a cache
-    return constants | pool
+    return constants | pool | _bundle_of(constants.get("bundle"), pool.get("bundle"))
+
+
+def _bundle_of(known: Any, given: Any) -> dict[str, Any]:
+    """The entry's bundle with the keys that the scenario gives; its FFN times replace the entry's, in whatever form."""
+    if not isinstance(known, dict) or not isinstance(given, dict):
+        return {}
+    times = {"ffn", "ffn_table"}
+    kept = {key: value for key, value in known.items() if not (key in times and times & given.keys())}
+    return {"bundle": kept | given}
 
 
 def _from_machines(pool: dict[str, Any], where: str) -> dict[str, Any]:
     """The pool with a first guess of what its accelerator and model imply, where it gives no such constants."""
+    if pool.get("bundle") is not None:
+        return pool  # it determines both
     missing = {"step_time", "kv_capacity"} - set(pool) - ({"step_time"} if pool.get("profile") else set())
     named = all(isinstance(pool.get(key), str) and pool[key] for key in ("accelerator", "model"))
     if not missing or not named:

@@ -264,7 +264,7 @@ def test_probes_stay_within_the_pool(budget: int, batch: int, capacity: int, chu
     assert (steps[:, 2] <= capacity).all()
 
 
-@pytest.mark.parametrize("name", catalog_names())
+@pytest.mark.parametrize("name", [name for name in catalog_names() if not name.startswith("afd-")])
 def test_catalog_entries_respect_physics_but_for_a_constant_batch_time(name: str) -> None:
     checked = pool_physics(Pool.model_validate({"name": "p", "replicas": 1, **catalog_entry(name).pool}))
     assert checked is not None
