@@ -51,13 +51,15 @@ def _bundles_data(plan: Plan, scenario: Scenario) -> dict[str, Any]:
     from llmopt.ratio_report import ratio_report
 
     assert plan.bundle is not None
+    theory = theory_data(ratio_report(scenario, plan.bundle, scenario.evaluation.confidence))
+    del theory["bundle"]
     return {
         "bundle": plan.bundle.model_dump(mode="json"),
         "bundles": plan.bundles,
         "others": [{"bundle": one.model_dump(mode="json"), "bundles": count} for one, count in plan.others],
         "load": scenario.slot_load,
         "regime": regime(plan.bundle, scenario.slot_load, plan.bundle.ratio),
-        "theory": theory_data(ratio_report(scenario, plan.bundle, scenario.evaluation.confidence)),
+        "theory": theory,
     }
 
 

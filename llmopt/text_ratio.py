@@ -143,8 +143,8 @@ def _end(outcome: RatioOutcome) -> list[str]:
 
 def plus_minus(value: Estimate, digits: int = 4) -> str:
     """Mean and half-width, the latter left out where there is none."""
-    half = "" if math.isnan(value.half) else f" ± {number(value.half, 2)}"
-    return number(value.mean, digits) + half
+    half = value.half if value.half > 1e-6 * abs(value.mean) else 0.0  # less is rounding
+    return number(value.mean, digits) + ("" if math.isnan(value.half) else f" ± {number(half, 2)}")
 
 
 def share(value: float, decimals: int = 1) -> str:
@@ -208,7 +208,7 @@ def ratio_plan_view(plan: Plan, scenario: Scenario) -> Iterator[RenderableType]:
     yield ""
     yield Text(f"Ratios beside {servers_text(bundle)}, B = {bundle.batch}, by theory", style="bold")
     yield theory_table(bundle, report)
-    yield pairs("pipeline", "best ratio", dict(report.semantics))
+    yield semantics_table(report)
     for sentence in report.sentences:
         yield Text(sentence)
 
@@ -245,6 +245,16 @@ def theory_table(bundle: Bundle, report: RatioReport) -> Table:
         style = "bold green" if x == best else "green" if loss <= NEAR else ""
         mark = Text(bar(1 - loss) + ",".join(words), style=style)
         table.add_row(f"{x}A-{bundle.ffn_servers}F", number(barrier, 4), number(mean_field, 4), share(loss, 2), mark)
+    return table
+
+
+def semantics_table(report: RatioReport) -> Table:
+    """Best mean-field ratio under every pipeline (rows) and number of micro-batches (columns)."""
+    numbers = [f"M={m}" for m in (1, 2, 3, 4)]
+    table = grid("best ratio, mean field", right=["any M", *numbers])
+    for pipeline in dict.fromkeys(key.split()[0] for key in report.semantics):
+        found = [report.semantics.get(key) for key in (pipeline, *(f"{pipeline} {m}" for m in numbers))]
+        table.add_row(pipeline, *("·" if ratio is None else number(ratio, 4) for ratio in found))
     return table
 
 

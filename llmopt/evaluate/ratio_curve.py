@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil, floor
 from typing import Any
 
 import numpy as np
@@ -139,13 +140,14 @@ def simulated_optimum(curve: Curve) -> str:
 
 
 def published_verdict(curve: Curve) -> str:
-    """What the published rule's ratio, rounded, loses in simulation."""
+    """What the published rule's ratio loses in simulation: the better of the whole numbers beside it."""
     y, rule = curve.bundle.ffn_servers, curve.rule
-    x = min(max(1, round(rule * y)), curve.workers)
+    beside = {min(max(1, int(end(rule * y))), curve.workers) for end in (floor, ceil)}
+    x = min(sorted(beside), key=lambda one: curve.loss[one - 1])
     lost = float(curve.loss[x - 1])
     if lost <= NEAR:
-        return f"Simulated, the published rule's {rule:.2f}, rounded to {x}A-{y}F, loses {lost:.2%}."
+        return f"Simulated, the published rule's {rule:.2f}, that is {x}A-{y}F, loses {lost:.2%}."
     return (
-        f"The published rule fails here: simulated, its {rule:.2f}, rounded to {x}A-{y}F, loses {lost:.1%}; right is "
+        f"The published rule fails here: simulated, its {rule:.2f}, that is {x}A-{y}F, loses {lost:.1%}; right is "
         f"{curve.best}A-{y}F."
     )
