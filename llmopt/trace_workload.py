@@ -54,7 +54,7 @@ def _sketch(data: dict[str, Any]) -> dict[str, Any]:
     classes = [one for one in workload["classes"] if isinstance(one, dict)]
     for one in classes:
         one.setdefault("prompt", {"law": "constant", "value": 1})
-        one.setdefault("output", {"law": "constant", "value": 1})
+        one.setdefault("output", {"law": "constant", "value": 2})  # one that decodes
     if not _has_rates(workload):
         for one in classes:
             one["share"] = 1 / len(classes)
