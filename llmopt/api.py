@@ -121,12 +121,19 @@ def stability(scenario: Scenario | str | Path, policy: str | Policy = EXACT) -> 
 
 
 def _with_bundle(scenario: Scenario, policy: str | Policy) -> Scenario:
-    """The routing question of the bundles that `policy` decides on, or of the given bundle where it decides on none."""
+    """The routing question of the bundles that `policy` decides on, or of the given bundle where it decides on none.
+
+    Their workers wait for the fullest of them, as much as theory says unless the bundle does.
+    """
+    from llmopt.barrier import imbalance
+
     if (policy if isinstance(policy, str) else policy.name) in policy_names("routing"):
         return scenario.replace(problem="routing")
     answer = plan(scenario, policy)
     assert answer.bundle is not None
     sizes = {key: getattr(answer.bundle, key) for key in ("attention_workers", "ffn_servers", "batch")}
+    load, x = scenario.slot_load, answer.bundle.attention_workers
+    sizes["imbalance"] = answer.bundle.imbalance or imbalance(answer.bundle, load, x)
     bundle = {f"pools.0.bundle.{key}": value for key, value in sizes.items()}
     return scenario.replace(**bundle, **{"pools.0.replicas": answer.bundles}, problem="routing")
 

@@ -31,8 +31,11 @@ class PoolPhysics:
 def pool_physics(pool: Pool) -> PoolPhysics | None:
     """Holds the step time that the simulator plays against the peaks; None where a name is in neither catalog.
 
-    A step time that is too fast is not refused: a model of a paper may mean it so. It is said.
+    None also for a bundle, whose roles have devices of their own. A step time that is too fast is not refused: a model
+    of a paper may mean it so. It is said.
     """
+    if pool.bundle is not None:
+        return None
     try:
         shape, chip = model_shape(pool.model), accelerator(pool.accelerator)
     except ScenarioError:

@@ -9,6 +9,7 @@ import pytest
 from factories import pool, request_class, scenario
 
 from llmopt import api
+from llmopt.barrier import barrier_cycle, imbalance
 from llmopt.bundle import Bundle
 from llmopt.capacity import replica_capacity
 from llmopt.errors import ScenarioError
@@ -239,3 +240,26 @@ def test_layers_of_a_bundle_add_up_to_its_step() -> None:
     thick = one(layers=1, **whole)
     runs = [simulate(known, api.plan(known, "max-margin"), 1, horizon=2.0) for known in (thin, thick)]
     assert np.allclose(runs[0].finish, runs[1].finish, rtol=1e-9)
+
+
+@pytest.mark.parametrize("policy", ["afd-gaussian", "afd-fleet", "afd-one"])
+def test_stability_of_a_planned_bundle_is_the_throughput_behind_its_barrier(policy: str) -> None:
+    """Critical rate x E[D] = x B / (L E[tau]) up to the arrival step and to where the fullest worker waits for FFN."""
+    known = load_scenario("afd-256-100-500")
+    bundle, load = api.plan(known, policy).bundle, known.slot_load
+    assert bundle is not None
+    x = bundle.attention_workers
+    tokens = x * bundle.batch / (bundle.layers * barrier_cycle(bundle, load, x))
+    report = api.stability(known, policy)
+    assert report.critical_rate * load.mean_decode == pytest.approx(tokens, rel=0.04)
+    assert x == 1 or imbalance(bundle, load, x) > 0.05
+    given = known.replace(**{"pools.0.bundle.imbalance": 1.0})
+    assert api.stability(given, policy).critical_rate <= report.critical_rate
+
+
+def test_physics_of_one_device_is_not_asked_of_a_bundle() -> None:
+    named = {"accelerator": "A100 SXM 80GB", "model": "Qwen3-30B-A3B"}
+    fast = scenario([bundle_pool(pool=named, attention=[{"base": 1e-9}], ffn=[{"base": 1e-9}], transfer=[{}])])
+    assert api.stability(fast).pools[0].physics is None
+    single = scenario([pool(step_time=[{"base": 1e-9}], **named)])
+    assert api.stability(single).pools[0].physics is not None
