@@ -7,7 +7,7 @@ from html import escape
 from llmopt.evaluate.ratio_comparison import RatioComparison, RatioOutcome
 from llmopt.evaluate.ratio_curve import Curve
 from llmopt.tables import number
-from llmopt.text_ratio import NOTES, bundles_text, curve_title, plus_minus, ratio_headline, share, sizes
+from llmopt.text_ratio import NOTES, bundles_text, curve_title, interval_text, plus_minus, ratio_headline, share, sizes
 
 CAPTIONS = {
     "ratio": "Throughput over the number of Attention workers. Line: simulated, in the band of its interval over "
@@ -18,7 +18,14 @@ CAPTIONS = {
     "for the fullest worker.",
 }
 HEADS = (
-    *(("policy", ""), ("bundle", ""), ("B", "sequences"), ("ratio", "continuous"), ("regime", "")),
+    *(
+        ("policy", ""),
+        ("bundle", ""),
+        ("B", "sequences"),
+        ("ratio", "continuous"),
+        ("interval", "of the best ratio"),
+        ("regime", ""),
+    ),
     *(("predicted", "tokens/s per instance"), ("simulated", "tokens/s per instance"), ("loss", "%")),
     *(("idle A", "%"), ("idle F", "%"), ("TPOT mean", "ms"), ("TPOT p99", "ms")),
     *(("all bundles", "tokens/s"), ("cost", "USD per million tokens"), ("gap", "")),
@@ -50,7 +57,7 @@ def ratio_notes(comparison: RatioComparison) -> list[str]:
 def _row(comparison: RatioComparison, outcome: RatioOutcome) -> str:
     cells = [escape(outcome.policy), bundles_text(outcome.plan)]
     if outcome.bundle is not None:
-        cells += [str(outcome.bundle.batch), number(outcome.ratio), comparison.regime(outcome)]
+        cells += [str(outcome.bundle.batch), number(outcome.ratio), interval_text(outcome), comparison.regime(outcome)]
         cells += [number(outcome.predicted, 4), plus_minus(outcome.at("throughput")), share(outcome.loss, 2)]
         cells += [share(outcome.at(key).mean) for key in ("idle_attention", "idle_ffn")]
         cells += [number(1e3 * outcome.at(key).mean) for key in ("tpot", "tpot_p99")]

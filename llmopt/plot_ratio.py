@@ -137,7 +137,7 @@ def _throughput(axis: Axes, curve: Curve) -> None:
     axis.plot(x, middle, color=ATTENTION, lw=1.8, label="simulated")
     if (rule := curve.rule * curve.bundle.ffn_servers) <= curve.workers:
         axis.axvline(rule, color=FFN, lw=1.0, ls=":", label=f"published rule: {rule:.2f}")
-    star: dict[str, Any] = {"ms": 13, "color": FLAT, "mec": "w", "zorder": 5}
+    star: dict[str, Any] = {"ms": 18, "color": FLAT, "mec": "w", "zorder": 5}
     axis.plot(curve.best, middle[curve.best - 1], "*", label=f"best: {curve.best}", **star)
 
 

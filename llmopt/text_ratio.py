@@ -87,13 +87,16 @@ def policies_table(comparison: RatioComparison) -> Table:
     priced = any(o.bundle is not None and o.bundle.price > 0 for o in outcomes)
     devices = any(o.bundle is not None and o.bundle.devices > sum(sizes(o)) for o in outcomes)
     several = any(o.plan is not None and (o.plan.bundles > 1 or o.plan.others) for o in outcomes)
-    right = ["B", "ratio", "regime", "predicted", "tokens/s per instance", "loss", "idle A", "idle F"]
+    uncertain = any(curve.report.interval[1] > curve.report.interval[0] for curve in comparison.curves)
+    right = ["B", "ratio", *(["interval"] if uncertain else []), "regime"]
+    right += ["predicted", "tokens/s per instance", "loss", "idle A", "idle F"]
     optional = {"tokens/s per device": devices, "USD/M tokens": priced, "tokens/s in all": several}
     right += ["TPOT mean / p99 (ms)", *(key for key, said in optional.items() if said), "gap", "plan (s)"]
     table = grid("policy", "bundle", right=right)
     for outcome in outcomes:
         more = zip(optional.values(), (outcome.per_device, outcome.cost, outcome.tokens), strict=True)
-        table.add_row(*_row(comparison, outcome), *(number(x, 4) for said, x in more if said), *_end(outcome))
+        cells = [number(x, 4) for said, x in more if said]
+        table.add_row(*_row(comparison, outcome, uncertain), *cells, *_end(outcome))
     return table
 
 
@@ -116,16 +119,23 @@ def shape(bundle: Bundle) -> str:
     return f"{bundle.attention_workers}A-{bundle.ffn_servers}F"
 
 
-def _row(comparison: RatioComparison, outcome: RatioOutcome) -> list[RenderableType]:
+def interval_text(outcome: RatioOutcome) -> str:
+    """The interval of the best ratio at the outcome's B, of an estimated load."""
+    low, high = outcome.curve.report.interval if outcome.curve else (math.nan, math.nan)
+    return f"{number(low)} to {number(high)}" if high > low else "–"
+
+
+def _row(comparison: RatioComparison, outcome: RatioOutcome, uncertain: bool) -> list[RenderableType]:
     bundle = outcome.bundle
     head: list[RenderableType] = [outcome.policy, bundles_text(outcome.plan)]
     if bundle is None:
-        return [*head, *["–"] * 9]
+        return [*head, *["–"] * (9 + uncertain)]
     tpot = [number(1e3 * outcome.at(key).mean) for key in ("tpot", "tpot_p99")]
     return [
         *head,
         str(bundle.batch),
         number(outcome.ratio),
+        *([interval_text(outcome)] if uncertain else []),
         comparison.regime(outcome),
         number(outcome.predicted, 4),
         plus_minus(outcome.at("throughput")),

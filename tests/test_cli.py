@@ -167,7 +167,8 @@ def test_list_names_policies_scenarios_and_hardware():
     data = answered("list")
     assert {"max-margin", "jsq"} <= data["routing policies"].keys()
     assert {"hindsight", "fifo"} <= data["batching policies"].keys()
-    assert "quickstart" in data["scenarios"] and data["hardware"]
+    assert {"afd-fleet", "afd-published", "afd-one"} <= data["af-ratio policies"].keys()
+    assert {"quickstart", "afd-256-100-500"} <= data["scenarios"].keys() and data["hardware"]
     assert all(line for part in data.values() for line in part.values())
     assert "max-margin" in llmopt("list").stdout
 

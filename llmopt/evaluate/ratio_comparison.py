@@ -140,13 +140,13 @@ class RatioComparison(Written):
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """What follows, for every curve: the theory's sentences and what the simulation says of the published rule."""
+        """What follows: of every curve the simulated optimum and the published rule, all of the theory of the first."""
         found: list[str] = []
-        for curve in self.curves:
+        for i, curve in enumerate(self.curves):
             head = f"B = {curve.bundle.batch}, y = {curve.bundle.ffn_servers}: " if len(self.curves) > 1 else ""
-            found += [f"{head}{text}" for text in (simulated_optimum(curve), published_verdict(curve))]
-            found += [f"{head}{text}" for text in curve.report.sentences]
-        return tuple(dict.fromkeys(found))
+            theory = curve.report.sentences if i == 0 else curve.report.sentences[:1]
+            found += [f"{head}{text}" for text in (simulated_optimum(curve), published_verdict(curve), *theory)]
+        return tuple(found)
 
     def table(self) -> pd.DataFrame:
         """One row per policy, as in `records`, with the seconds of planning."""
