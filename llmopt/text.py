@@ -295,6 +295,9 @@ def trace_view(trace: Trace) -> Iterator[RenderableType]:
         **{f"dispersion of counts in {window} (1: Poisson)": value for window, value in s.dispersion.items()},
         "correlation of prompt and output": s.correlation,
         "rank correlation": s.rank_correlation,
+        "KV tokens in a busy batch slot": s.slot_load,
+        "their standard deviation": s.slot_deviation,
+        "standard error of their mean": s.slot_error,
     }
     if s.prefix_blocks:
         facts["prompt blocks seen before"] = s.prefix_hits

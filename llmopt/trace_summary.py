@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from llmopt.arrays import Floats, Ints
+from llmopt.slots import slot_load_of
 from llmopt.trace_data import Prefixes, Trace
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
@@ -49,7 +50,9 @@ class TraceSummary:
     -1 for a clock, 0 for Poisson (Goh and Barabasi 2008); dispersion: variance over mean of the counts in windows
     of so many seconds, 1 for Poisson; peak_rate: largest rate over 60 s; correlation: of prompt and output lengths,
     Pearson's; rank_correlation: Spearman's; prefix_blocks: KV blocks of all prompts; prefix_hits: share of them that
-    an infinite cache would hold already, NaN without hashes.
+    an infinite cache would hold already, NaN without hashes. slot_load, slot_deviation: mean and standard deviation of
+    the KV tokens in an always occupied batch slot, a step for each output token (`llmopt.slots`); slot_error: standard
+    error of that mean.
     """
 
     format: str
@@ -68,6 +71,9 @@ class TraceSummary:
     rank_correlation: float
     prefix_blocks: int
     prefix_hits: float
+    slot_load: float
+    slot_deviation: float
+    slot_error: float
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -80,6 +86,7 @@ def trace_summary(trace: Trace) -> TraceSummary:
     arrival = trace.arrival if timed else np.zeros(0)
     span = float(arrival[-1]) if timed else np.nan
     gaps = Spread.of(np.diff(arrival))
+    slot = slot_load_of(trace.prompt, trace.output, ordered=timed)
     return TraceSummary(
         format=trace.format,
         requests=len(trace),
@@ -97,6 +104,9 @@ def trace_summary(trace: Trace) -> TraceSummary:
         rank_correlation=_correlation(_ranks(trace.prompt), _ranks(trace.output)),
         prefix_blocks=len(trace.prefixes.ids) if trace.prefixes else 0,
         prefix_hits=_hits(trace.prefixes),
+        slot_load=slot.theta,
+        slot_deviation=slot.deviation,
+        slot_error=slot.error,
     )
 
 

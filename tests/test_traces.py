@@ -397,3 +397,14 @@ def test_servegen_tables_keep_their_rates(shared: Path) -> None:
     trace = read_trace(path)
     assert len(trace) / 86_400 == pytest.approx(1.070 + 4.578 + 1.258, abs=1e-3)
     assert len(trace.skipped) == 3111 - sum(1 for line in np.unique(trace.line))
+
+
+def test_the_load_of_a_busy_slot_is_that_of_requests_played_one_after_the_other() -> None:
+    rng = np.random.default_rng(5)
+    prompt, output = rng.integers(1, 900, 40), rng.integers(1, 60, 40)
+    trace = Trace(np.arange(40.0), prompt, output, np.arange(40), "plain", "t")
+    played = np.concatenate([p + np.arange(o) for p, o in zip(prompt, output, strict=True)])
+    summary = trace_summary(trace)
+    assert summary.slot_load == pytest.approx(played.mean())
+    assert summary.slot_deviation == pytest.approx(played.std())
+    assert 0 < summary.slot_error < summary.slot_load
