@@ -28,6 +28,7 @@ from llmopt.plan import Plan
 from llmopt.scenario import Scenario
 from llmopt.solution import Solve
 
+ROUNDING = 1e-9
 FEW = 500
 """Shapes among which a program for one bundle chooses itself; of more, the dominated ones are left out first."""
 
@@ -160,7 +161,7 @@ class FleetRatio:
 
 def holds(one: Shape, data: RatioData) -> bool:
     """Whether a shape is within KV memory and TPOT."""
-    return one.kv <= data.bundle.kv_capacity and one.tpot <= data.tpot
+    return not (_exceeds(one.kv, data.bundle.kv_capacity) or _exceeds(one.tpot, data.tpot))
 
 
 def _costs(r: Any, t: Any, a: Any, b: Any, weights: tuple[float, float], factor: float) -> Any:
@@ -221,12 +222,17 @@ def _only_what_holds(m: Any, data: RatioData) -> None:
     """sum_{c: K_c > kv_capacity} n_c <= 0,   sum_{c: M L tau_c > T} n_c <= 0.                                  (A12)"""
     import pyomo.environ as pyo
 
-    over = [m.n[c] for c, s in m.shapes.items() if s.kv > data.bundle.kv_capacity]
-    late = [m.n[c] for c, s in m.shapes.items() if s.tpot > data.tpot]
+    over = [m.n[c] for c, s in m.shapes.items() if _exceeds(s.kv, data.bundle.kv_capacity)]
+    late = [m.n[c] for c, s in m.shapes.items() if _exceeds(s.tpot, data.tpot)]
     if over:
         m.kv_capacity = pyo.Constraint(expr=pyo.quicksum(over) <= 0, doc=_kv_sentence(m.shapes, data))
     if late:
         m.tpot = pyo.Constraint(expr=pyo.quicksum(late) <= 0, doc=_tpot_sentence(m.shapes, data))
+
+
+def _exceeds(value: float, limit: float) -> bool:
+    """Whether a value is above a limit by more than rounding."""
+    return value > limit * (1 + ROUNDING)
 
 
 def _kv_sentence(known: Mapping[str, Shape], data: RatioData) -> str:
