@@ -6,6 +6,7 @@ from html import escape
 
 from llmopt.evaluate.ratio_comparison import RatioComparison, RatioOutcome
 from llmopt.evaluate.ratio_curve import Curve
+from llmopt.page_ways import CAPTION, ways_notes
 from llmopt.tables import number
 from llmopt.text_ratio import NOTES, bundles_text, curve_title, interval_text, plus_minus, ratio_headline, share, sizes
 
@@ -16,6 +17,7 @@ CAPTIONS = {
     "ratio lies near the crossing.",
     "gantt": "Some cycles at the best simulated ratio. A row is a device or a link, grey where it is idle: all wait "
     "for the fullest worker.",
+    "ways": CAPTION,
 }
 HEADS = (
     *(
@@ -51,7 +53,8 @@ def ratio_notes(comparison: RatioComparison) -> list[str]:
     failed = [f"{o.policy}: {o.status}" for o in comparison.outcomes if not o.ok]
     said = [f"<p>{escape(text)}</p>" for text in (*failed, *comparison.sentences)]
     tables = [_curve(curve, comparison) for curve in comparison.curves]
-    return [*said, *(f'<p class="meta">{escape(text)}</p>' for text in NOTES), *tables]
+    ways = [f"<p>{escape(comparison.ways)}</p>"] if isinstance(comparison.ways, str) else ways_notes(comparison.ways)
+    return [*said, *(f'<p class="meta">{escape(text)}</p>' for text in NOTES), *tables, *ways]
 
 
 def _row(comparison: RatioComparison, outcome: RatioOutcome) -> str:

@@ -14,6 +14,7 @@ from llmopt.evaluate.bundle_load import load_series
 from llmopt.evaluate.gantt import Bar, bars
 from llmopt.evaluate.ratio_comparison import RatioComparison, RatioOutcome
 from llmopt.evaluate.ratio_curve import Curve, shape
+from llmopt.plot_ways import ways_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,11 +94,14 @@ def gantt_figure(comparison: RatioComparison) -> Figure:
 
 
 def ratio_pictures(comparison: RatioComparison, kind: Kind = "svg") -> dict[str, bytes]:
-    """All pictures of a comparison by name: ratio, idle, gantt; none if no policy has a result."""
+    """All pictures of a comparison by name: ratio, idle, gantt, ways if compared; none if no policy has a result."""
     if not comparison.curves:
         return {}
     builders = {"ratio": ratio_figure, "idle": idle_figure, "gantt": gantt_figure}
-    return {name: draw(build, comparison, kind=kind) for name, build in builders.items()}
+    pictures = {name: draw(build, comparison, kind=kind) for name, build in builders.items()}
+    if not isinstance(comparison.ways, str):
+        pictures["ways"] = draw(ways_figure, comparison.ways, kind=kind)
+    return pictures
 
 
 def _panels(

@@ -15,6 +15,7 @@ from llmopt.plan import Plan
 from llmopt.ratio import regime
 from llmopt.scenario import Scenario
 from llmopt.tables import duration, grid, number, pairs
+from llmopt.text_ways import ways_view
 
 if TYPE_CHECKING:
     from llmopt.evaluate.ratio_comparison import RatioComparison, RatioOutcome
@@ -69,6 +70,11 @@ def ratio_comparison_view(comparison: RatioComparison) -> Iterator[RenderableTyp
         yield curve_table(curve, chosen)
     for sentence in comparison.sentences:
         yield Text(sentence)
+    if isinstance(comparison.ways, str):
+        yield Text(comparison.ways, style="dim")
+    else:
+        yield ""
+        yield from ways_view(comparison.ways)
     for note in NOTES:
         yield Text(note, style="dim")
     for outcome in comparison.outcomes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import replace
+from html import unescape
 from math import inf, sqrt
 from typing import Any
 
@@ -14,14 +15,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from llmopt import api
 from llmopt.barrier import barrier_cycle
 from llmopt.bundle import BUDGET, Bundle
 from llmopt.drawing import draw
 from llmopt.errors import ScenarioError
+from llmopt.evaluate.ratio_comparison import RatioComparison
 from llmopt.evaluate.ways import check_ways, prefill_seconds
+from llmopt.page import html_report
+from llmopt.plot_ratio import ratio_pictures
 from llmopt.plot_ways import ways_figure, winners
 from llmopt.scenario import Scenario
 from llmopt.slots import slot_load
+from llmopt.text import comparison_view
 from llmopt.text_ways import ways_view
 from llmopt.ways import Engine, best_shape, costs, cycles, demand, engines, most_batch, serial
 from llmopt.ways_report import WaysComparison, compare_ways, missing, value_under
@@ -375,6 +381,30 @@ def test_tables_name_ways_figures_and_reasons(compared: WaysComparison) -> None:
     assert f"{best.way} makes" in text and "per token AFD saves" in text
     data = compared.as_dict()
     assert [row["way"] for row in data["ways"]] == ["colocated", "PD", "AFD"]
+
+
+def test_comparisons_of_ratios_carry_the_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = ask_for(fleet={"most_attention": 2, "most_ffn": 1}).replace(**{"evaluation.requests": 20})
+    found, again = (api.compare(known, ["afd-one"], seeds=1) for _ in range(2))
+    assert isinstance(found, RatioComparison) and isinstance(again, RatioComparison)
+    assert isinstance(found.ways, WaysComparison) and isinstance(again.ways, WaysComparison)
+    assert len(found.ways.checks) == 3 and found.ways.checks == again.ways.checks
+    monkeypatch.setattr("llmopt.plot_ratio.draw", lambda build, *data, kind: f"<svg>{build.__name__}</svg>".encode())
+    pictures = ratio_pictures(found)
+    assert pictures["ways"] == b"<svg>ways_figure</svg>"
+    page = unescape(html_report(found, pictures))
+    assert all(word in page for word in ("Three ways of serving", found.ways.sentences()[0], "ways_figure"))
+    assert found.as_dict()["ways"]["ways"][2]["way"] == "AFD"
+
+
+def test_comparisons_say_why_there_are_no_ways(capsys: pytest.CaptureFixture[str]) -> None:
+    bare = ask_for(colocated=None, fleet=ONE).replace(**{"evaluation.requests": 20})
+    found = api.compare(bare, ["afd-one"], seeds=1)
+    console = Console(width=250)
+    for part in comparison_view(found):
+        console.print(part)
+    assert missing(bare) in capsys.readouterr().out
+    assert found.as_dict()["ways"] == missing(bare)
 
 
 def test_map_tells_ties_from_leads_and_from_nothing(compared: WaysComparison) -> None:

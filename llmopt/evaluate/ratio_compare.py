@@ -13,6 +13,7 @@ from llmopt.evaluate.bundle_run import play_bundle
 from llmopt.evaluate.jobs import Jobs, Progress, reason
 from llmopt.evaluate.ratio_comparison import RatioComparison, RatioOutcome
 from llmopt.evaluate.ratio_curve import Curve, curve_order
+from llmopt.evaluate.ways import checked_ways
 from llmopt.plan import check_plan
 from llmopt.policy import Policy
 from llmopt.ratio_report import ratio_report
@@ -32,8 +33,11 @@ def compare_ratios(
     for i, policy in enumerate(policies):
         outcomes.append(game.play(policy))
         game.done = (i + 1) * (1 + len(game.seeds))
+    game.tell("ways of serving")
+    ways = checked_ways(scenario, game.seeds[0])
     game.tell("done", 0)
-    return RatioComparison(scenario, game.seeds, tuple(outcomes), curve_order(scenario, list(game.curves.values())))
+    curves = curve_order(scenario, list(game.curves.values()))
+    return RatioComparison(scenario, game.seeds, tuple(outcomes), curves, ways)
 
 
 @dataclass(kw_only=True)

@@ -20,6 +20,7 @@ from llmopt.output import plain
 from llmopt.plan import Plan
 from llmopt.ratio import regime
 from llmopt.scenario import Scenario
+from llmopt.ways_report import WaysComparison
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -118,13 +119,15 @@ class RatioOutcome:
 class RatioComparison(Written):
     """Policies on one scenario, simulated with the same loads; `outcomes` in the order asked for.
 
-    curves: one for each B and y in use, that of the scenario's own bundle first if it is among them.
+    curves: one for each B and y in use, that of the scenario's own bundle first if it is among them. ways: the ways of
+    serving side by side, or why they cannot be compared.
     """
 
     scenario: Scenario
     seeds: tuple[int, ...]
     outcomes: tuple[RatioOutcome, ...]
     curves: tuple[Curve, ...]
+    ways: WaysComparison | str = ""
 
     def __getitem__(self, policy: str) -> RatioOutcome:
         """The outcome of `policy` by name."""
@@ -183,7 +186,8 @@ class RatioComparison(Written):
             "bundle": self.scenario.bundle.model_dump(mode="json"),
             "sentences": self.sentences,
         }
-        curves = {"curves": [curve.as_dict() for curve in self.curves]}
+        curves: dict[str, Any] = {"curves": [curve.as_dict() for curve in self.curves]}
+        curves["ways"] = self.ways if isinstance(self.ways, str) else self.ways.as_dict()
         data: dict[str, Any] = plain(head | {"policies": [self._full(o) for o in self.outcomes]} | curves)
         return data
 

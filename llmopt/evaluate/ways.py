@@ -19,7 +19,7 @@ from llmopt.evaluate.margin import long_run
 from llmopt.evaluate.saturate import SaturatedRun, saturated_throughput
 from llmopt.scenario import Pool, Scenario
 from llmopt.ways import serial
-from llmopt.ways_report import Check, WaysComparison
+from llmopt.ways_report import Check, WaysComparison, compare_ways, missing
 from llmopt.ways_served import Served
 
 LIVES, MOST = 40, 200_000
@@ -34,6 +34,12 @@ def check_ways(ways: WaysComparison, seed: int = 1) -> WaysComparison:
     """The comparison with every way simulated at its point; equal seeds give equal figures."""
     checks = tuple(_check(ways, way, seed) for way in ways.served if way.bundle is not None)
     return replace(ways, checks=checks)
+
+
+def checked_ways(scenario: Scenario, seed: int = 1) -> WaysComparison | str:
+    """The comparison, simulated; or the sentence that says what it lacks."""
+    ways = compare_ways(scenario)
+    return missing(scenario) if ways is None else check_ways(ways, seed)
 
 
 def _check(ways: WaysComparison, way: Served, seed: int) -> Check:
