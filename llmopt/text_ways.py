@@ -61,12 +61,13 @@ def _row(way: Served, check: Check | None) -> list[str]:
 
 
 def _whole(ways: WaysComparison, k: int) -> str:
-    """Bundles or groups and prefill groups, and their tokens/s."""
-    found = ways.whole[k]
-    if not found.units:
+    """Bundles or groups and prefill groups, and their tokens/s, such as `5 x 7A-2F + 16P: 103,198`."""
+    found, bundle = ways.whole[k], ways.whole[k].bundle
+    if bundle is None:
         return "none"
+    shape = f" x {bundle.attention_workers}A-{bundle.ffn_servers}F" if ways.served[k].way == "AFD" else ""
     prefill = f" + {found.prefill}P" if found.prefill else ""
-    return f"{found.units}{prefill}: {number(found.tokens)} tokens/s"
+    return f"{found.units}{shape}{prefill}: {number(found.tokens)} tokens/s"
 
 
 def _account(ways: WaysComparison) -> Table:

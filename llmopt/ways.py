@@ -19,6 +19,7 @@ either memory or T binds. When AFD wins: `afd_wins` and docs/afd_ways.md.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import gcd, inf, nan, sqrt
@@ -307,16 +308,26 @@ def _curve(engine: Engine, ask: Demand, x: int, y: int) -> tuple[Floats, Floats]
 
 def best_shape(engine: Engine, ask: Demand, limit: float = inf) -> tuple[Bundle, float] | None:
     """The bundle or group of least weight-seconds under a TPOT limit (s), B whole, and its cycle in s, if any."""
-    best, chosen = inf, None
+
+    def cost(chosen: tuple[Bundle, float]) -> float:
+        bundle, cycle = chosen
+        return float(engine.cost(ask, bundle.attention_workers, bundle.ffn_servers, tokens_of(bundle, cycle)))
+
+    return min(candidates(engine, ask, limit), key=cost, default=None)
+
+
+def candidates(engine: Engine, ask: Demand, limit: float) -> Iterator[tuple[Bundle, float]]:
+    """Every shape at its largest whole batch under a TPOT limit (s), and its cycle in s; small ones first."""
     for one in engine.variants:
         for x, y in one.shapes:
             batch, cycle = whole_batch(one, ask, x, y, limit)
-            if not batch:
-                continue
-            cost = float(one.cost(ask, x, y, x * batch / (one.bundle.layers * cycle)))
-            if cost < best * (1 - 1e-12):
-                best, chosen = cost, (one.bundle.sized(x, y, batch), cycle)
-    return chosen
+            if batch:
+                yield one.bundle.sized(x, y, batch), cycle
+
+
+def tokens_of(bundle: Bundle, cycle: float) -> float:
+    """Output tokens/s of a bundle or group with cycles of `cycle` s."""
+    return bundle.attention_workers * bundle.batch / (bundle.layers * cycle)
 
 
 def whole_batch(engine: Engine, ask: Demand, x: int, y: int, limit: float) -> tuple[int, float]:

@@ -37,7 +37,7 @@ class WaysComparison:
     """The three ways, in the order of `WAYS`.
 
     limit: the strictest TPOT requirement of the classes, s, inf without one; priced: whether throughput is per USD or
-    per device; served: at that limit; whole: the same in at most fleet.devices accelerators, empty without that key;
+    per device; served: at that limit; whole: most tokens/s in at most fleet.devices accelerators, if that key is given;
     limits (n_limits,), s; curves (3, n_limits): output tokens/s per device, or output tokens per USD, under each limit;
     contexts (n_contexts,): factors on all prompts; value (3, n_contexts, n_limits): the same on the map; checks: what
     was simulated.
@@ -115,7 +115,8 @@ def tpot_limit(scenario: Scenario) -> float:
 def compare_ways(scenario: Scenario, priced: bool | None = None) -> WaysComparison | None:
     """Derive the comparison; None where `missing` says what it lacks.
 
-    priced: whether to count tokens per USD instead of per device; where all devices have prices if absent.
+    priced: whether to count tokens per USD instead of per device; where all devices have prices if absent. A fleet's
+    devices are filled for most tokens/s, whatever they cost.
     """
     if missing(scenario):
         return None
@@ -131,9 +132,7 @@ def compare_ways(scenario: Scenario, priced: bool | None = None) -> WaysComparis
         priced=known[0].priced,
         ask=ask,
         served=served,
-        whole=tuple(whole(way, serial(scenario.bundle), known[k], ask, devices) for k, way in enumerate(served))
-        if devices
-        else (),
+        whole=tuple(whole(e, ask, serial(scenario.bundle), devices, limit) for e in known) if devices else (),
         limits=limits,
         curves=value_under(scenario, 1.0, limits, known[0].priced),
         contexts=contexts,
@@ -191,17 +190,18 @@ def _account(ways: WaysComparison) -> Iterator[str]:
         return
     saved, waits = pd.spent.fixed - afd.spent.fixed, afd.spent.waiting - pd.spent.waiting
     work = afd.spent.work - pd.spent.work
-    also = f" and works {_us(work)} more" if abs(work) > TIE * pd.spent.total else ""
-    tokens = afd.bundle.ratio * afd.bundle.batch
+    also = f", {_more(work)} working" if abs(work) > TIE * pd.spent.total else ""
+    sizes = (afd.bundle.ratio * afd.bundle.batch, pd.bundle.batch * pd.bundle.attention_workers)
     yield (
-        f"An FFN server of AFD reads its weights once for {number(tokens)} tokens, a group of PD for "
-        f"{pd.bundle.batch * pd.bundle.attention_workers}: per token AFD saves {_us(saved)} of fixed time, "
-        f"waits {_us(waits)} more{also}, in device time."
+        f"An FFN server of AFD reads its weights once for {number(sizes[0])} tokens, a group of PD for "
+        f"{number(sizes[1])}: per token AFD spends {_more(-saved)} on fixed time, {_more(waits)} waiting{also}, in "
+        "device time."
     )
 
 
-def _us(seconds: float) -> str:
-    return f"{number(1e6 * seconds)} us"
+def _more(seconds: float) -> str:
+    """`3.1 us more`, `3.1 us less`."""
+    return f"{number(1e6 * abs(seconds))} us {'more' if seconds >= 0 else 'less'}"
 
 
 def _ranges(ways: WaysComparison) -> Iterator[str]:

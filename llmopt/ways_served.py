@@ -22,7 +22,7 @@ import numpy as np
 
 from llmopt.bundle import Bundle
 from llmopt.ratio import regime
-from llmopt.ways import Demand, Engine, best_shape, busy, most_batch
+from llmopt.ways import Demand, Engine, best_shape, busy, candidates, most_batch, tokens_of
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,13 @@ class Served:
 
 @dataclass(frozen=True)
 class Whole:
-    """A way in whole devices: `units` bundles or groups and `prefill` prefill groups make `tokens` output tokens/s."""
+    """A way in whole devices: `units` of `bundle` and `prefill` prefill groups make `tokens` output tokens/s."""
 
-    units: int
-    prefill: int
-    devices: int
-    tokens: float
+    bundle: Bundle | None = None
+    units: int = 0
+    prefill: int = 0
+    devices: int = 0
+    tokens: float = 0.0
 
 
 def serve(engine: Engine, ask: Demand, limit: float = inf) -> Served:
@@ -94,7 +95,7 @@ def serve(engine: Engine, ask: Demand, limit: float = inf) -> Served:
         return Served(engine.way, limit=_why(engine, ask))
     bundle, cycle = chosen
     x, y, batch = bundle.attention_workers, bundle.ffn_servers, bundle.batch
-    tokens = x * batch / (bundle.layers * cycle)
+    tokens = tokens_of(bundle, cycle)
     room = most_batch(replace(engine, bundle=bundle), ask)
     return Served(
         way=engine.way,
@@ -133,21 +134,32 @@ def _spent(engine: Engine, ask: Demand, bundle: Bundle, cycle: float) -> Spent:
     return Spent(fixed, decode - fixed, all_of_it - decode + prefill, scale * devices * cycle - all_of_it)
 
 
-def whole(way: Served, group: Bundle, engine: Engine, ask: Demand, devices: int) -> Whole:
-    """Whole bundles or groups, and prefill groups, of a chosen shape, in at most `devices` accelerators."""
-    if way.bundle is None:
-        return Whole(0, 0, 0, 0.0)
-    x, y = way.bundle.attention_workers, way.bundle.ffn_servers
-    unit = round(x * engine.devices.worker + y * engine.devices.server)
-    prefill_unit = group.attention_workers * group.attention_devices
-    best = Whole(0, 0, 0, 0.0)
+def whole(engine: Engine, ask: Demand, group: Bundle, devices: int, limit: float = inf) -> Whole:
+    """The way with most tokens/s in at most `devices` accelerators under a TPOT limit (s), over all of its shapes.
+
+    group: a prefill group, of which there is a whole number too.
+    """
+    best = Whole()
+    for bundle, cycle in candidates(engine, ask, limit):
+        best = max(best, _whole(engine, ask, group, devices, bundle, tokens_of(bundle, cycle)), key=_worth)
+    return best
+
+
+def _worth(found: Whole) -> tuple[float, int]:
+    """More tokens/s, then fewer devices; figures that differ by rounding count as equal."""
+    return float(f"{found.tokens:.9g}"), -found.devices
+
+
+def _whole(engine: Engine, ask: Demand, group: Bundle, devices: int, bundle: Bundle, each: float) -> Whole:
+    """The best division where every bundle makes `each` tokens/s."""
+    unit = round(bundle.attention_workers * engine.devices.worker + bundle.ffn_servers * engine.devices.server)
+    prefill_unit, best = group.attention_workers * group.attention_devices, Whole()
     for units in range(1, devices // unit + 1):
-        tokens, groups = units * way.tokens, 0
+        tokens, groups = units * each, 0
         if engine.prefill:
             groups = min((devices - units * unit) // prefill_unit, _groups(tokens, group, engine, ask))
             tokens = min(tokens, groups * group.attention_workers * ask.decode / engine.prefill)
-        if tokens > best.tokens * (1 + 1e-9):
-            best = Whole(units, groups, units * unit + groups * prefill_unit, tokens)
+        best = max(best, Whole(bundle, units, groups, units * unit + groups * prefill_unit, tokens), key=_worth)
     return best
 
 

@@ -29,7 +29,7 @@ from llmopt.scenario import Scenario
 from llmopt.slots import slot_load
 from llmopt.text import comparison_view
 from llmopt.text_ways import ways_view
-from llmopt.ways import Engine, best_shape, costs, cycles, demand, engines, most_batch, serial
+from llmopt.ways import Engine, best_shape, candidates, costs, cycles, demand, engines, most_batch, serial
 from llmopt.ways_report import WaysComparison, compare_ways, missing, value_under
 from llmopt.ways_served import serve
 
@@ -305,17 +305,18 @@ def test_prices_decide_where_there_are_some(compared: WaysComparison) -> None:
 
 
 def test_whole_devices_are_the_best_of_all_divisions(compared: WaysComparison) -> None:
-    known = three(compared.scenario)
-    for way, engine, found in zip(compared.served, known, compared.whole, strict=True):
-        assert way.bundle is not None
-        unit = way.bundle.devices if way.way == "AFD" else 1
+    for engine, found in zip(three(compared.scenario), compared.whole, strict=True):
         makes = [0.0]
-        for units in range(24 // unit + 1):
-            for groups in range(24 - units * unit + 1):
-                prefill = groups * compared.ask.decode / engine.prefill if engine.prefill else inf
-                makes.append(min(units * way.tokens, prefill))
+        for bundle, cycle in candidates(engine, compared.ask, compared.limit):
+            each = bundle.attention_workers * bundle.batch / (48 * cycle)
+            unit = bundle.attention_workers + bundle.ffn_servers if engine.way == "AFD" else 1
+            for units in range(24 // unit + 1):
+                for groups in range(24 - units * unit + 1):
+                    prefill = groups * compared.ask.decode / engine.prefill if engine.prefill else inf
+                    makes.append(min(units * each, prefill))
         assert found.tokens == pytest.approx(max(makes))
         assert found.devices <= 24
+    assert compared.whole[2].bundle is not None
 
 
 def test_the_simulated_ways_meet_the_theory(compared: WaysComparison) -> None:
@@ -378,7 +379,7 @@ def test_tables_name_ways_figures_and_reasons(compared: WaysComparison) -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert all(word in text for word in ("colocated", "PD", "AFD", "KV memory", "waiting", "tokens/s", "in 24 devices"))
     best = compared.ranked[0]
-    assert f"{best.way} makes" in text and "per token AFD saves" in text
+    assert f"{best.way} makes" in text and "per token AFD spends" in text
     data = compared.as_dict()
     assert [row["way"] for row in data["ways"]] == ["colocated", "PD", "AFD"]
 
