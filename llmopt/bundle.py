@@ -96,14 +96,15 @@ class Colocated(InputModel):
     workers: Attention workers' worth of devices in one group, which together compute the FFN of all their tokens; as
     many as make one FFN server's devices if absent. kv_capacity: KV tokens of one worker's devices, beside all weights.
     exchange: whether the group pays both hops of `transfer` in a layer, as with experts spread over devices.
-    attention, ffn: stages on these devices, those of the bundle if absent. price: USD/hour of one worker's devices,
-    the bundle's attention_price if absent.
+    attention, transfer, ffn: stages on these devices, those of the bundle if absent. price: USD/hour of one worker's
+    devices, the bundle's attention_price if absent.
     """
 
     kv_capacity: Annotated[int, Field(ge=1, le=10_000_000_000)]
     workers: Annotated[int, Field(ge=1, le=4096)] | None = None
     exchange: bool = False
     attention: Annotated[tuple[Piece, ...], Field(strict=False)] = ()
+    transfer: Annotated[tuple[Piece, ...], Field(strict=False)] = ()
     ffn: Annotated[tuple[Piece, ...], Field(strict=False)] = ()
     price: Price | None = None
 
@@ -170,6 +171,8 @@ class Bundle(InputModel):
                 f"has colocated groups of {self.ffn_devices} devices, of which an Attention worker's "
                 f"{self.attention_devices} are no whole part; give colocated.workers and colocated.ffn"
             )
+        if group.transfer and not group.exchange:
+            raise ValueError("has colocated.transfer, but no exchange that takes it; set colocated.exchange = true")
         devices = self.group_workers * self.attention_devices
         if devices != self.ffn_devices and not group.ffn:
             raise ValueError(

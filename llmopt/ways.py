@@ -160,7 +160,7 @@ def serial(bundle: Bundle) -> Bundle:
             "attention": group.attention or bundle.attention,
             "ffn": group.ffn or bundle.ffn,
             "ffn_table": None if group.ffn else bundle.ffn_table,
-            "transfer": bundle.transfer if group.exchange else (Piece(),),
+            "transfer": (group.transfer or bundle.transfer) if group.exchange else (Piece(),),
             "micro_batches": 1,
             "pipeline": "non-blocking",
             "attention_workers": bundle.group_workers,

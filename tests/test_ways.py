@@ -372,6 +372,15 @@ def test_groups_need_ffn_times_of_their_size() -> None:
     assert ask_for(colocated={"kv_capacity": 9000, "workers": 2, "ffn": [FFN]}).bundle.group_workers == 2
 
 
+def test_groups_exchange_by_their_own_hops_or_none() -> None:
+    own = {"kv_capacity": 9000, "exchange": True, "transfer": [{"base": 1e-6}]}
+    assert serial(ask_for(colocated=own).bundle).transfer[0].base == 1e-6
+    assert serial(ask_for(colocated={**own, "transfer": []}).bundle).transfer[0].base == HOP["base"]
+    assert serial(ask_for(colocated={"kv_capacity": 9000}).bundle).transfer[0].base == 0
+    with pytest.raises(ScenarioError, match=r"set colocated\.exchange = true"):
+        ask_for(colocated={**own, "exchange": False})
+
+
 def test_tables_name_ways_figures_and_reasons(compared: WaysComparison) -> None:
     console = Console(file=io.StringIO(), width=250)
     for part in ways_view(check_ways(compared, 1)):
