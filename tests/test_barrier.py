@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from llmopt.barrier import barrier_cycle, best_barrier, expected_largest, imbala
 from llmopt.bundle import Bundle
 from llmopt.errors import ScenarioError
 from llmopt.ratio import best_whole, cycle, throughput
+from llmopt.slot_law import SlotLaw
 from llmopt.slots import SlotLoad
 
 PUBLISHED: dict[str, Any] = {
@@ -61,7 +62,7 @@ def by_quadrature(bundle: Bundle, load: SlotLoad, workers: int, servers: int = 1
         return float(of_load(bundle, mean + spread * x, workers / servers)) * density * 1e4
 
     cuts = np.linspace(-9, 9, 25)
-    return sum(quad(integrand, a, b, epsabs=1e-12, epsrel=1e-10)[0] for a, b in pairwise(cuts)) / 1e4
+    return sum(quad(integrand, a, b, epsabs=1e-12, epsrel=1e-10)[0] for a, b in itertools.pairwise(cuts)) / 1e4
 
 
 def test_the_largest_of_normals_as_published() -> None:
@@ -227,3 +228,95 @@ def test_imbalance_is_that_of_sampled_workers() -> None:
     held = np.random.default_rng(9).normal(256 * load.theta, 16 * load.deviation, (100_000, 8))
     assert imbalance(bundle, load, 8) == pytest.approx(held.max(axis=1).mean() / (256 * load.theta) - 1, rel=0.01)
     assert imbalance(bundle, load, 1) == pytest.approx(0.0, abs=1e-15)
+
+
+LUMPY = SlotLaw(np.array([10, 11, 400, 1500]), np.array([0.4, 0.3, 0.2, 0.1]))
+"""A slot's load that is nothing like normal; its sums are on single tokens."""
+
+
+def load_of(law: SlotLaw) -> SlotLoad:
+    return SlotLoad(law.mean, law.variance, 100.0, 100.0)
+
+
+def sums_by_hand(law: SlotLaw, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """All sums of n loads with their probabilities, one for each tuple of loads."""
+    tokens = np.array([sum(v) for v in itertools.product(law.values.tolist(), repeat=n)], dtype=float)
+    weight = np.array([math.prod(p) for p in itertools.product(law.probabilities.tolist(), repeat=n)])
+    return tokens, weight
+
+
+def largest_by_hand(tokens: np.ndarray, weight: np.ndarray, many: int) -> tuple[np.ndarray, np.ndarray]:
+    """The largest of many independent ones: its values and probabilities."""
+    order = np.argsort(tokens)
+    return tokens[order], np.diff(np.cumsum(weight[order]) ** many, prepend=0.0)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize(("workers", "servers"), [(1, 1), (3, 1), (300, 100)])
+def test_the_exact_cycle_is_the_sum_over_all_loads(pipeline: str, workers: int, servers: int) -> None:
+    bundle = bundle_of(
+        pipeline=pipeline,
+        batch=3,
+        attention=[{"base": 70e-6, "kv": 2e-9}, {"base": 50e-6, "kv": 5e-8}],
+        ffn=[{"base": 1e-4}],
+    )
+    ratio, c = workers / servers, bundle.transfer_time(1.0)
+    one, two = sums_by_hand(LUMPY, 3), sums_by_hand(LUMPY, 6)
+    if pipeline == "ideal":
+        tokens, weight = largest_by_hand(*one, workers)
+        exact = float(of_load(bundle, tokens, ratio) @ weight)
+    else:
+        means, p = largest_by_hand(two[0] / 2, two[1], workers)
+        loads, q = largest_by_hand(*one, 2 * workers)
+        own = np.maximum(
+            bundle.attention_time(means) + c * (pipeline != "non-blocking"), 1e-4 + c * (pipeline == "blocking")
+        )
+        whole = (bundle.attention_time(loads) + 1e-4 + 2 * c) / 2
+        exact = float(p @ np.maximum(own[:, None], whole) @ q)
+    assert barrier_cycle(bundle, load_of(LUMPY), workers, servers, LUMPY) == pytest.approx(exact, rel=1e-10)
+
+
+def test_mean_and_fullest_load_of_an_exact_law_are_sums_over_all_loads() -> None:
+    bundle, (tokens, weight) = bundle_of(batch=4, attention=TWO_PIECES), sums_by_hand(LUMPY, 4)
+    by_hand = float(bundle.attention_time(tokens) @ weight)
+    assert mean_attention(bundle, load_of(LUMPY), LUMPY) == pytest.approx(by_hand, rel=1e-11)
+    for workers in (1, 7, 512):
+        values, p = largest_by_hand(tokens, weight, workers)
+        fuller = float(values @ p) / float(tokens @ weight) - 1
+        assert imbalance(bundle, load_of(LUMPY), workers, LUMPY) == pytest.approx(fuller, abs=1e-11)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_of_many_slots_the_exact_cycle_is_that_of_normal_loads(pipeline: str) -> None:
+    even = SlotLaw(np.arange(100, 600), np.full(500, 1 / 500))
+    bundle = bundle_of(pipeline=pipeline, batch=4096, attention=[{"base": 50e-6, "kv": 0.1e-9}])
+    for workers in (1, 8, 200):
+        normal, exact = (barrier_cycle(bundle, load_of(even), workers, 20, law) for law in (None, even))
+        assert exact == pytest.approx(normal, rel=2e-7)
+        assert imbalance(bundle, load_of(even), workers, even) == pytest.approx(
+            imbalance(bundle, load_of(even), workers), abs=1e-5
+        )
+
+
+def test_heavy_tails_are_met_where_normal_loads_are_too_short() -> None:
+    """Pareto loads of 16 slots, sampled."""
+    tokens = np.arange(100, 20_000)
+    law = SlotLaw(tokens, tokens**-2.0 / (tokens**-2.0).sum())
+    bundle, rng = bundle_of(batch=16, attention=[{"base": 50e-6, "kv": 0.02e-6}]), np.random.default_rng(2)
+    drawn = rng.choice(tokens, (10_000, 16, 16), p=law.probabilities).sum(axis=2).max(axis=1)
+    cycles = of_load(bundle, drawn, 16)
+    error = cycles.std() / math.sqrt(len(cycles))
+    assert abs(barrier_cycle(bundle, load_of(law), 16, 1, law) - cycles.mean()) < 4 * error
+    assert barrier_cycle(bundle, load_of(law), 16) < cycles.mean() - 20 * error
+
+
+@settings(max_examples=20)
+@given(CASES, st.integers(2, 60), st.integers(1, 3))
+def test_exact_cycles_wait_too_and_the_best_is_the_best_of_all(case: dict[str, Any], spread: int, servers: int) -> None:
+    law = SlotLaw(np.array([1, spread, spread**2]), np.array([0.5, 0.3, 0.2]))
+    bundle, load = bundle_of(**case), load_of(law)
+    cycles = [barrier_cycle(bundle, load, x, servers, law) for x in range(1, 17)]
+    assert all(tau >= cycle(bundle, load, x / servers) * (1 - 1e-9) for x, tau in enumerate(cycles, 1))
+    assert all(b >= a * (1 - 1e-12) for a, b in itertools.pairwise(cycles))
+    made = [throughput(bundle, tau, x, servers) for x, tau in enumerate(cycles, 1)]
+    assert made[best_barrier(bundle, load, 16, servers, law) - 1] >= max(made) * (1 - 1e-11)
