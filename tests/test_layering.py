@@ -45,7 +45,7 @@ LAYERS = (
     ("calibrate", "runs"),
     ("registry", "validation"),
     ("api", "text", "plot", "text_ratio", "plot_ratio", "text_ways", "plot_ways"),
-    ("page", "page_ratio", "describe"),
+    ("page", "page_ratio", "page_ways", "describe"),
     ("cli_tools",),
     ("cli_calibrate", "cli_validate"),
     ("cli",),
