@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from formulations.af_ratio import ConvexRatio, FleetRatio, IntegerRatio
-from formulations.af_ratio_rules import Gaussian, MeanField, PublishedRatio
+from formulations.af_ratio_rules import Barrier, Gaussian, MeanField, PublishedRatio
 from formulations.batching_hindsight import HindsightReplay
 from formulations.batching_rolling import RollingHorizon
 from formulations.batching_rules import AMax, AMin, McSf
@@ -38,6 +38,7 @@ POLICIES: dict[str, tuple[Policy, ...]] = {
         Optimized(FleetRatio()),
         Optimized(IntegerRatio()),
         Optimized(ConvexRatio()),
+        Barrier(),
         Gaussian(),
         MeanField(),
         PublishedRatio(),

@@ -10,18 +10,24 @@ from dataclasses import dataclass
 from math import floor
 from typing import Any
 
+import numpy as np
+
 from formulations.af_ratio_shapes import given
 from llmopt import barrier, ratio
 from llmopt.bundle import Bundle
 from llmopt.plan import Plan
 from llmopt.scenario import Scenario
+from llmopt.slot_law import SlotLaw
 
 
 @dataclass(frozen=True)
 class MeanField:
-    """The whole number beside the ratio of largest throughput if every worker held its mean load (A1).
+    """The whole number nearest to the ratio of largest throughput if every worker held its mean load (A1).
 
-    The best ratio is a kink of tau or sqrt(a_i w_F / (b_i w_A)), so that it is found without a solver.
+    The best ratio is a kink of tau or sqrt(a_i w_F / (b_i w_A)), so that it is found without a solver. In the mean
+    field its floor or ceiling is best (lemma in README.md; `afd-integer` takes that), but the barrier, which the mean
+    field leaves out, moves the true optimum up, and near it the curve is flat, so that the nearest number loses less
+    where the floor is the better one by a little. With a measured FFN table every number is tried in the mean field.
 
     Source: the mean-field rule of Song et al., arXiv 2601.21351 v2 to v4, here for any pipeline, pieces and prices.
     """
@@ -29,16 +35,19 @@ class MeanField:
     name: str = "afd-mean-field"
 
     def plan(self, scenario: Scenario) -> Plan:
-        """Floor or ceiling of the best ratio (lemma in README.md)."""
+        """The best ratio times the servers, rounded."""
         bundle, load = given(scenario, self.name), scenario.slot_load
-        optimum = ratio.best_ratio(bundle, load)
-        whole = ratio.best_whole(bundle, load, scenario.fleet.most_attention, bundle.ffn_servers)
+        optimum, most, servers = ratio.best_ratio(bundle, load), scenario.fleet.most_attention, bundle.ffn_servers
+        if bundle.ffn_table is not None:
+            whole = ratio.best_whole(bundle, load, most, servers)
+        else:
+            whole = int(np.clip(np.rint(optimum.ratio * servers), 1, most))
         return _plan(self.name, bundle, whole, ratio=optimum.ratio, cycle=optimum.cycle, regime=optimum.regime)
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """The number of workers of largest throughput if the fullest of them decides, loads being normal (A15).
+    """The number of workers of largest throughput if the fullest of them decides, loads being normal (A17).
 
     Source: the barrier-aware rule of Song et al., arXiv 2601.21351 v2 to v4, with the maximum inside the expectation;
     here for any pipeline, pieces and prices. All numbers up to the most are tried: the lemma needs a mean field.
@@ -48,12 +57,24 @@ class Gaussian:
 
     def plan(self, scenario: Scenario) -> Plan:
         """The best of all whole numbers."""
-        bundle, load = given(scenario, self.name), scenario.slot_load
-        servers = bundle.ffn_servers
-        best = barrier.best_barrier(bundle, load, scenario.fleet.most_attention, servers)
-        cycle = barrier.barrier_cycle(bundle, load, best, servers)
-        fuller = barrier.imbalance(bundle, load, best)
-        return _plan(self.name, bundle, best, ratio=best / servers, cycle=cycle, imbalance=fuller)
+        return _behind_barrier(self.name, scenario, None)
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """The number of workers of largest throughput if the fullest decides, by the exact law of loads (A15).
+
+    Loads of long prompts and outputs are far from normal where micro-batches are small: the mean and the variance of a
+    slot's load do not tell how full the fullest worker is. Here all of its law counts.
+
+    Source: ours; the rule of `afd-gaussian` with the law of `llmopt.slot_law` in place of the normal one.
+    """
+
+    name: str = "afd-barrier"
+
+    def plan(self, scenario: Scenario) -> Plan:
+        """The best of all whole numbers."""
+        return _behind_barrier(self.name, scenario, scenario.slot_law)
 
 
 @dataclass(frozen=True)
@@ -79,6 +100,15 @@ class PublishedRatio:
         beside = [min(max(n, 1), most) for n in (floor(rule.ratio * servers), floor(rule.ratio * servers) + 1)]
         best = min(beside, key=lambda workers: _published_cost(bundle, slot, workers, servers))
         return _plan(self.name, bundle, best, kv_per_slot=slot, **rule._asdict())
+
+
+def _behind_barrier(name: str, scenario: Scenario, law: SlotLaw | None) -> Plan:
+    bundle, load = given(scenario, name), scenario.slot_load
+    servers = bundle.ffn_servers
+    best = barrier.best_barrier(bundle, load, scenario.fleet.most_attention, servers, law)
+    cycle = barrier.barrier_cycle(bundle, load, best, servers, law)
+    fuller = barrier.imbalance(bundle, load, best, law)
+    return _plan(name, bundle, best, ratio=best / servers, cycle=cycle, imbalance=fuller)
 
 
 def _published_cost(bundle: Bundle, per_slot: float, workers: int, servers: int) -> float:

@@ -19,10 +19,12 @@ from llmopt.arrays import Floats, Ints
 from llmopt.bundle import Bundle, Fleet
 from llmopt.errors import PolicyError
 from llmopt.scenario import Scenario
+from llmopt.slot_law import SlotLaw
 from llmopt.slots import SlotLoad
 
 Costs = Literal["mean-field", "barrier"]
-"""Length of a cycle: every worker holds its mean load, or the fullest of x workers decides (its expectation)."""
+"""Length of a cycle: every worker holds its mean load, or the fullest of x workers decides (its expectation, under the
+exact law of independent loads in steady state)."""
 MANY = 4000
 MICRO = 1e6
 SECONDS_PER_HOUR = 3600.0
@@ -40,13 +42,19 @@ class RatioData:
     fleet: Fleet
     tpot: float
     strictest: str
+    scenario: Scenario
 
     @classmethod
     def of(cls, scenario: Scenario) -> RatioData:
         """The data of a scenario."""
         named = [(c.tpot, c.name) for c in scenario.workload.classes if c.tpot is not None]
         tpot, strictest = min(named, default=(float("inf"), ""))
-        return cls(scenario.bundle, scenario.slot_load, scenario.fleet, tpot, strictest)
+        return cls(scenario.bundle, scenario.slot_load, scenario.fleet, tpot, strictest, scenario)
+
+    @property
+    def law(self) -> SlotLaw:
+        """Exact law of a slot's load."""
+        return self.scenario.slot_law
 
     @cached_property
     def batches(self) -> tuple[int, ...]:
@@ -111,7 +119,7 @@ def shape(data: RatioData, workers: int, servers: int, batch: int, costs: Costs)
     """A shape with its costs."""
     sized = data.bundle.sized(workers, servers, batch)
     if costs == "barrier":
-        stages = {"barrier": barrier.barrier_cycle(sized, data.load, workers, servers)}
+        stages = {"barrier": barrier.barrier_cycle(sized, data.load, workers, servers, data.law)}
     else:
         stages = stage_rows(sized, data.load, workers / servers)
     cycle, layers = max(stages.values()), sized.layers

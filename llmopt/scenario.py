@@ -19,6 +19,7 @@ from llmopt.explain import explain
 from llmopt.hardware import Piece, StepTime
 from llmopt.model import InputModel, Name
 from llmopt.predictions import ORACLE, Predictor
+from llmopt.slot_law import SlotLaw, slot_law
 from llmopt.slots import SlotLoad, slot_load
 from llmopt.steptable import StepTable
 from llmopt.workload import Workload
@@ -237,6 +238,11 @@ class Scenario(InputModel):
         """KV load of one always occupied slot under the mix of classes, in the first pool's convention of steps."""
         workload = self.workload
         return slot_load(workload.classes, workload.rates, self.pools[0].first_step, workload.replay)
+
+    @cached_property
+    def slot_law(self) -> SlotLaw:
+        """Exact law of that load in steady state."""
+        return slot_law(self.workload.classes, self.workload.rates, self.pools[0].first_step)
 
     @cached_property
     def allowed(self) -> tuple[tuple[bool, ...], ...]:

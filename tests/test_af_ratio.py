@@ -276,15 +276,54 @@ def barrier_by_hand(question: Scenario, x: int, y: int, batch: int) -> float:
     return float(quad(weighed, -9, 9, limit=200, points=[0, 1, 2])[0])
 
 
+def exact_barrier_by_hand(question: Scenario, x: int, y: int, batch: int, steps: list[int], prompt: int) -> float:
+    """The same with the loads of `batch` slots, token by token; requests of one prompt stay `steps`, each as likely."""
+    longer = np.array([sum(d > k for d in steps) for k in range(max(steps))], dtype=float)
+    mass = np.ones(1)
+    for _ in range(batch):
+        mass = np.convolve(mass, longer / longer.sum())
+    fullest = np.diff(np.cumsum(mass) ** x, prepend=0.0)
+    cycles = [cycle_by_hand(question, x / y, batch, batch * prompt + k) for k in range(len(mass))]
+    return float(np.dot(fullest, cycles))
+
+
+KV_BOUND = {"attention": [{"base": 20e-6, "kv": 0.2e-6}], "transfer": [{"base": 1e-6}], "kv_capacity": 100_000}
+
+
 @pytest.mark.parametrize("pipeline", ["ideal", "attention-blocking"])
-def test_with_a_barrier_the_best_bundle_is_that_of_quadrature(pipeline: str) -> None:
-    question = asked(fleet={"most_attention": 9}, batch=24, pipeline=pipeline, kv_capacity=100_000)
-    costs = [(x + 1) / x * barrier_by_hand(question, x, 1, 24) for x in range(1, 10)]
-    plan = solved(FleetRatio(), question)
-    assert size(plan) == (int(np.argmin(costs)) + 1, 1)
-    assert plan.figures["cost"] == pytest.approx(1e6 * min(costs) / 24, rel=1e-6)
-    assert size(solved(IntegerRatio(costs="barrier"), question)) == size(plan)
-    assert size(api.plan(question, "afd-gaussian")) == size(plan)
+def test_with_a_barrier_the_best_bundle_is_that_of_all_loads(pipeline: str) -> None:
+    """One micro-batch in flight, or an ideal pipeline, where the cycle is an expectation over a single maximum."""
+    fleet, ffn = {"most_attention": 24}, [{"base": 30e-6, "decode": 1e-6}]
+    question = asked(fleet=fleet, batch=6, ffn=ffn, pipeline=pipeline, micro_batches=1, **KV_BOUND)
+    steps = list(range(10, 71))
+    exact = [(x + 1) / x * exact_barrier_by_hand(question, x, 1, 6, steps, 40) for x in range(1, 25)]
+    normal = [(x + 1) / x * barrier_by_hand(question, x, 1, 6) for x in range(1, 25)]
+    mean = [(x + 1) / x * cycle_by_hand(question, x, 6) for x in range(1, 25)]
+    best = int(np.argmin(exact)) + 1
+    assert min(exact) > 1.02 * min(mean)
+    assert abs(min(exact) / min(normal) - 1) > 1e-4
+    for plan in (solved(FleetRatio(), question), solved(IntegerRatio(costs="barrier"), question)):
+        assert size(plan) == (best, 1)
+        assert plan.figures["cost"] == pytest.approx(1e6 * min(exact) / 6, rel=1e-8)
+    for name, costs, rel in (("afd-barrier", exact, 1e-8), ("afd-gaussian", normal, 1e-6)):
+        plan = api.plan(question, name)
+        x, _ = size(plan)
+        assert x == int(np.argmin(costs)) + 1
+        assert (x + 1) / x * plan.figures["cycle"] == pytest.approx(min(costs), rel=rel)
+
+
+def test_the_mean_field_rule_takes_the_nearest_number() -> None:
+    """Constant lengths 100 and 500: 4.59 is rounded to 5, though 4 is better in the mean field."""
+    question = asked({"prompt": {"law": "constant", "value": 100}, "output": {"law": "constant", "value": 500}})
+    plan = api.plan(question, "afd-mean-field")
+    assert plan.figures["ratio"] == pytest.approx((1.65e-3 * 349.5 * 256 - 50) / (0.083 * 256), rel=1e-6)
+    costs = {x: (x + 1) / x * cycle_by_hand(question, x, 256) for x in (4, 5)}
+    assert costs[4] < costs[5]
+    assert size(plan) == (5, 1)
+    assert size(api.plan(question, "afd-integer")) == (4, 1)
+    assert size(api.plan(question, "afd-barrier")) == (5, 1)
+    few = question.replace(**{"fleet.most_attention": 3})
+    assert size(api.plan(few, "afd-mean-field")) == (3, 1)
 
 
 def test_memory_for_deviations_decides_the_batch() -> None:
