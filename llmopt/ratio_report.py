@@ -1,6 +1,7 @@
 """What theory says of a bundle's A/F ratio: optimum, interval, regime, throughput, what other ratios lose, and why.
 
-A, C and F are the times of Attention, one hop and the FFN in one layer.
+A, C and F are the times of Attention, one hop and the FFN in one layer. Whatever is said of the barrier takes the exact
+law of the loads (`llmopt.slot_law`), workers independent and in steady state.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from llmopt.ratio import (
     throughput,
 )
 from llmopt.scenario import Scenario
+from llmopt.slot_law import SlotLaw
 from llmopt.slots import SlotLoad
 
 FAILS = 0.01
@@ -101,12 +103,12 @@ def ratio_report(scenario: Scenario, bundle: Bundle | None = None, confidence: f
     ScenarioError
         If the A/F ratio is not the open decision, no ratio is best, or `confidence` is not between 0 and 1.
     """
-    load, fleet, asked = scenario.slot_load, scenario.fleet, bundle or scenario.bundle
+    load, law, fleet, asked = scenario.slot_load, scenario.slot_law, scenario.fleet, bundle or scenario.bundle
     y = asked.ffn_servers
-    barrier = best_barrier(asked, load, fleet.most_attention, y)
+    barrier = best_barrier(asked, load, fleet.most_attention, y, law)
     sized = asked if bundle else asked.sized(barrier)
     x, optimum, rule = sized.attention_workers, best_ratio(sized, load), published(sized, load.theta)
-    waited, average = barrier_cycle(sized, load, x, y), cycle(sized, load, sized.ratio)
+    waited, average = barrier_cycle(sized, load, x, y, law), cycle(sized, load, sized.ratio)
     mean_horizon = horizon_load(load.mean_prompt, load.mean_decode, sized.batch, scenario.evaluation.requests)
     report = RatioReport(
         bundle=sized,
@@ -124,12 +126,12 @@ def ratio_report(scenario: Scenario, bundle: Bundle | None = None, confidence: f
         throughput_mean_field=_per_instance(sized, average, x),
         per_dollar=3600 * _tokens(sized, waited, x) / sized.price if sized.price > 0 else float("nan"),
         tpot=sized.micro_batches * sized.layers * waited,
-        idle_attention=1 - mean_attention(sized, load) / waited,
+        idle_attention=1 - mean_attention(sized, load, law) / waited,
         idle_ffn=1 - sized.ffn_time(sized.ratio) / waited,
-        imbalance=imbalance(sized, load, x),
+        imbalance=imbalance(sized, load, x, law),
         kv_mean=kv_need(sized, load),
         kv_need=kv_need(sized, load, fleet.kv_sigmas),
-        curve=_curve(sized, load, fleet.most_attention),
+        curve=_curve(sized, load, law, fleet.most_attention),
         semantics=semantics(sized, load),
     )
     return replace(report, sentences=tuple(_sentences(report, scenario)))
@@ -150,9 +152,9 @@ def _played(bundle: Bundle, pipeline: str, micro_batches: int) -> Bundle:
     return Bundle.model_validate(bundle.model_dump() | {"pipeline": pipeline, "micro_batches": micro_batches})
 
 
-def _curve(bundle: Bundle, load: SlotLoad, most: int) -> tuple[Point, ...]:
+def _curve(bundle: Bundle, load: SlotLoad, law: SlotLaw, most: int) -> tuple[Point, ...]:
     y, workers = bundle.ffn_servers, range(1, most + 1)
-    waited = [barrier_cycle(bundle, load, x, y) for x in workers]
+    waited = [barrier_cycle(bundle, load, x, y, law) for x in workers]
     value = np.array([throughput(bundle, tau, x, y) for x, tau in zip(workers, waited, strict=True)])
     return tuple(
         Point(x, _per_instance(bundle, cycle(bundle, load, x / y), x), _per_instance(bundle, tau, x), float(loss))
@@ -177,7 +179,7 @@ def _loss(bundle: Bundle, load: SlotLoad, ratio: float, best: float) -> float:
 
 
 def _sentences(report: RatioReport, scenario: Scenario) -> Iterator[str]:
-    yield _of_optimum(report, scenario.slot_load)
+    yield _of_optimum(report, scenario.slot_load, scenario.slot_law)
     yield _of_interval(report, scenario.slot_load)
     yield _of_published(report)
     yield from _of_overlap(report)
@@ -190,15 +192,16 @@ def _sentences(report: RatioReport, scenario: Scenario) -> Iterator[str]:
     yield _of_memory(report, scenario.fleet.kv_sigmas)
 
 
-def _of_optimum(report: RatioReport, load: SlotLoad) -> str:
+def _of_optimum(report: RatioReport, load: SlotLoad, law: SlotLaw) -> str:
     """Regime, stage times and the step from the mean field to the barrier."""
     bundle, best = report.bundle, report.optimum
     a, c, f = (1e6 * t for t in stage_times(bundle, load, best.ratio))
-    y, fullest = bundle.ffn_servers, imbalance(bundle, load, report.barrier)
+    y, fullest = bundle.ffn_servers, imbalance(bundle, load, report.barrier, law)
     return (
         f"In the mean field {best.ratio:.2f} Attention workers per FFN server are best, where the bundle is "
         f"{best.regime} (A = {a:.1f}, C = {c:.1f}, F = {f:.1f} us in a layer); with the barrier, where the "
-        f"fullest of {report.barrier} workers holds {fullest:.1%} more than the mean, {report.barrier}A-{y}F is best."
+        f"fullest of {report.barrier} workers holds {fullest:.1%} more than the mean (exact law of the loads, workers "
+        f"independent and in steady state), {report.barrier}A-{y}F is best."
     )
 
 

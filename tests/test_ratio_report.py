@@ -90,13 +90,15 @@ def test_curve_and_numbers_by_definition() -> None:
 
 def test_idle_shares_are_those_of_sampled_cycles() -> None:
     scenario = scenario_of()
-    report, load = ratio_report(scenario), scenario.slot_load
-    kv = np.random.default_rng(1).normal(256 * load.theta, 16 * load.deviation, (50_000, 10))
+    report, rng = ratio_report(scenario), np.random.default_rng(1)
+    # Prompts and, being without memory, ages are geometric, so that their sums over 256 slots are negative binomial.
+    prompts, ages = (rng.negative_binomial(256, 1 / mean, (50_000, 10)) for mean in (100, 500))
+    kv = 256 + prompts + ages
     attention, ffn = scenario.bundle.attention_time(kv), scenario.bundle.ffn_time(10)
     whole = np.maximum(attention.max(axis=1), ffn).mean()
-    assert report.idle_attention == pytest.approx(1 - attention.mean() / whole, abs=1e-3)
-    assert report.idle_ffn == pytest.approx(1 - ffn / whole, abs=1e-3)
-    assert report.imbalance == pytest.approx(kv.max(axis=1).mean() / kv.mean() - 1, abs=1e-3)
+    assert report.idle_attention == pytest.approx(1 - attention.mean() / whole, abs=3e-4)
+    assert report.idle_ffn == pytest.approx(1 - ffn / whole, abs=3e-4)
+    assert report.imbalance == pytest.approx(kv.max(axis=1).mean() / kv.mean() - 1, abs=3e-4)
 
 
 def test_semantics_are_the_optima_of_the_pipelines() -> None:
@@ -119,6 +121,7 @@ def test_an_ideal_pipeline_says_what_it_leaves_out() -> None:
     assert "|A - F| >= 2 C" in overlap
     assert "9.55 with 3" in overlap
     assert "Attention-bound and FFN-bound (A = 303.0, C = 25.6, F = 303.0 us" in report.sentences[0]
+    assert "(exact law of the loads, workers independent and in steady state), 10A-1F is best" in report.sentences[0]
 
 
 def test_two_micro_batches_without_blocking_are_named_as_the_case_where_the_rule_fails() -> None:

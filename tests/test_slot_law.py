@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from llmopt.bundle import Bundle
 from llmopt.errors import ScenarioError
 from llmopt.evaluate.bundle_load import load_series
+from llmopt.scenario import Scenario
 from llmopt.slot_law import SlotLaw, slot_law
 from llmopt.slots import slot_load
 from llmopt.workload import Pairs, RequestClass
@@ -183,3 +184,22 @@ def test_slots_without_a_step_are_one_sentence() -> None:
     for classes in ([never], [paired([3, 4], [1, 1]), never]):
         with pytest.raises(ScenarioError, match="no request stays a single decode step"):
             slot_law(classes, np.ones(len(classes)), 1)
+
+
+def test_a_scenario_has_the_law_of_its_load_and_the_same_digest() -> None:
+    bundle = {"attention": [{"kv": 1e-9}], "ffn": [{"base": 1e-4}], "batch": 3, "kv_capacity": 10**6}
+    data = {
+        "name": "t",
+        "problem": "af-ratio",
+        "workload": {
+            "classes": [c.model_copy(update={"share": 0.5, "name": n}) for c, n in ((LONG_LAW, "a"), (SHORT_LAW, "b"))],
+            "rate": 2.0,
+        },
+        "pools": [{"name": "b", "first_token": "prefill", "bundle": bundle}],
+    }
+    scenario = Scenario.model_validate(data)
+    digest = scenario.digest
+    assert scenario.slot_law.mean == pytest.approx(scenario.slot_load.theta, rel=1e-12)
+    assert scenario.slot_law.variance == pytest.approx(scenario.slot_load.variance, rel=1e-9)
+    assert scenario.slot_law is scenario.slot_law
+    assert scenario.digest == digest == Scenario.model_validate(data).digest
