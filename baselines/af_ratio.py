@@ -24,8 +24,8 @@ SAMPLED = 200_000
 """Requests among which the simulation draws."""
 CELLS = 20_000_000
 """Loads that the simulation keeps at most: micro-batches x steps x workers."""
-PLAYED = 20_000_000
-"""Stages that it plays at most: steps x micro-batches x ratios x workers, but at least 50 steps."""
+PLAYED, STEPS = 20_000_000, 4_000
+"""Stages that it plays at most, steps x micro-batches x ratios x workers; and steps, evenly spaced, but at least 50."""
 SLOTS = 4_000_000
 """Slots that it follows at most."""
 
@@ -246,7 +246,7 @@ def _ideal(bundle: Bundle, loads: Floats, x: Ints) -> Floats:
 def _pipeline(bundle: Bundle, loads: Floats, x: Ints) -> Floats:
     """Mean seconds between two micro-batches, every x at once, shape (most,); state (ratios, workers)."""
     series, steps, most = loads.shape
-    kept = min(steps, max(50, PLAYED // (series * most * most)))
+    kept = min(steps, STEPS, max(50, PLAYED // (series * most * most)))
     times = bundle.attention_time(loads[:, np.linspace(0, steps - 1, kept).astype(int)])
     hop, ffn = _stages(bundle, x)
     sends_back = bundle.pipeline == "blocking"

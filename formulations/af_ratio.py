@@ -8,7 +8,7 @@ FleetRatio the bundles that make the most tokens of a number of devices. Mathema
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor, isfinite
 from typing import Any
 
@@ -49,12 +49,14 @@ class ConvexRatio:
 
         data = RatioData.of(scenario)
         bundle = given(scenario, self.name)
-        factor = data.unit[0] * MICRO * bundle.layers / bundle.batch
+        a, b = ratio.mean_field(bundle, data.load)
+        unit = float((a + b).max())
         r, t = cp.Variable(name="r"), cp.Variable(name="t")
-        rows = [_costs(r, t, *ratio.mean_field(bundle, data.load), bundle.weights, factor), *_range(r, data)]
+        rows = [_costs(r, t, a / unit, b / unit, bundle.weights), *_range(r, data)]
         rows[0].row_keys = _numbered([row.stage for row in ratio.cycle_rows(bundle)])
         problem: Any = cp.Problem(cp.Minimize(t), rows)
         problem.name = self.name
+        problem.scale = unit * data.unit[0] * MICRO * bundle.layers / bundle.batch
         return problem
 
     def extract(self, model: Any, solve: Solve, scenario: Scenario) -> Plan:
@@ -63,7 +65,8 @@ class ConvexRatio:
         one = _nearest(data, given(scenario, self.name).batch, best)
         shares = {key[6:-1]: abs(float(value)) for key, value in solve.duals.items() if key.startswith("stage[")}
         binding = {key: share for key, share in shares.items() if share > 1e-4}
-        return _plan(self.name, data, [(one, 1)], ratio=best, least_cost=solve.objective, binding=binding)
+        proof = _scaled(solve, model.scale)
+        return _plan(self.name, data, [(one, 1)], proof, ratio=best, least_cost=proof.objective, binding=binding)
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,13 @@ class IntegerRatio:
         many = fleet.most_attention * fleet.most_ffn * len(data.batches) > FEW
         known = {s.key: s for s in shapes(data, self.costs, cheaper if many else None)}
         m = pyo.ConcreteModel(self.name)
-        m.shapes = known
+        m.shapes, m.scale, unit = known, *(min(getattr(s, key) for s in known.values()) for key in ("cost", "cycle"))
         m.z = pyo.Var(list(known), domain=pyo.Binary, doc="whether this is the shape of the bundle")
-        m.t = pyo.Var(list(known), bounds=(0, None), doc="cycle of the bundle, us; 0 unless it has this shape")
-        m.cost = pyo.Objective(expr=pyo.quicksum(s.cost / (MICRO * s.cycle) * m.t[c] for c, s in known.items()))
+        m.t = pyo.Var(list(known), bounds=(0, None), doc="cycle in shortest cycles; 0 unless the bundle has this shape")
+        kappa = {c: s.cost * unit / (s.cycle * m.scale) for c, s in known.items()}
+        m.cost = pyo.Objective(expr=pyo.quicksum(kappa[c] * m.t[c] for c in known))
         m.one = pyo.Constraint(expr=pyo.quicksum(m.z.values()) == 1, doc="the bundle has a shape")
-        m.stage = _cycles(m)
+        m.stage = _cycles(m, unit)
         m.kv_capacity = _memory(m, data)
         if isfinite(data.tpot):
             m.tpot = _in_time(m, data)
@@ -103,7 +107,7 @@ class IntegerRatio:
     def extract(self, model: Any, solve: Solve, scenario: Scenario) -> Plan:
         """The chosen shape."""
         chosen = [s for c, s in model.shapes.items() if model.z[c].value > 0.5]
-        return _plan(self.name, RatioData.of(scenario), [(chosen[0], 1)], costs=self.costs)
+        return _plan(self.name, RatioData.of(scenario), [(chosen[0], 1)], _scaled(solve, model.scale), costs=self.costs)
 
 
 @dataclass(frozen=True)
@@ -127,12 +131,11 @@ class FleetRatio:
         known = {s.key: s for s in shapes(data, self.costs, cheaper if devices is None else as_many)}
         most = {c: 1 if devices is None else max(1, devices // s.devices) for c, s in known.items()}
         m = pyo.ConcreteModel(self.name)
-        m.shapes = known
+        gain = {c: _gain(data, s) for c, s in known.items()}
+        m.shapes, m.scale = known, max(gain.values())
         m.n = pyo.Var(list(known), domain=pyo.NonNegativeIntegers, doc="bundles of this shape")
         m.z = pyo.Var(list(known), domain=pyo.Binary, doc="whether there are bundles of this shape")
-        m.output = pyo.Objective(
-            expr=pyo.quicksum(_gain(data, s) * m.n[c] for c, s in known.items()), sense=pyo.maximize
-        )
+        m.output = pyo.Objective(expr=pyo.quicksum(gain[c] / m.scale * m.n[c] for c in known), sense=pyo.maximize)
         m.some = pyo.Constraint(expr=pyo.quicksum(m.n.values()) >= 1, doc="there is a bundle")
         m.used = pyo.Constraint(list(known), rule=lambda m, c: m.n[c] <= most[c] * m.z[c])
         m.kinds = pyo.Constraint(
@@ -149,14 +152,14 @@ class FleetRatio:
 
     def extract(self, model: Any, solve: Solve, scenario: Scenario) -> Plan:
         """The bundles, those with most devices first; `prices`: tokens/s that one more accelerator is worth (A14)."""
-        data = RatioData.of(scenario)
+        data, proof = RatioData.of(scenario), _scaled(solve, model.scale)
         counts = [(s, round(model.n[c].value)) for c, s in model.shapes.items() if model.n[c].value > 0.5]
         counts.sort(key=lambda one: (-one[0].devices * one[1], one[0].key))
         if data.fleet.devices is None:
-            return _plan(self.name, data, counts, costs=self.costs)
+            return _plan(self.name, data, counts, proof, costs=self.costs)
         price = max(s.tokens / s.devices for s in model.shapes.values() if holds(s, data))
         prices = {"accelerator": price}
-        return _plan(self.name, data, counts, costs=self.costs, prices=prices, price_unit="tokens/s")
+        return _plan(self.name, data, counts, proof, costs=self.costs, prices=prices, price_unit="tokens/s")
 
 
 def holds(one: Shape, data: RatioData) -> bool:
@@ -164,12 +167,12 @@ def holds(one: Shape, data: RatioData) -> bool:
     return not (_exceeds(one.kv, data.bundle.kv_capacity) or _exceeds(one.tpot, data.tpot))
 
 
-def _costs(r: Any, t: Any, a: Any, b: Any, weights: tuple[float, float], factor: float) -> Any:
-    """w_A a_i + w_F b_i + w_A b_i r + w_F a_i / r <= t   for every row i of the cycle, times the unit.          (A2)"""
+def _costs(r: Any, t: Any, a: Any, b: Any, weights: tuple[float, float]) -> Any:
+    """w_A a_i + w_F b_i + w_A b_i r + w_F a_i / r <= t   for every row i of the cycle.                          (A2)"""
     import cvxpy as cp
 
     w_a, w_f = weights
-    cost = factor * (w_a * a + w_f * b) + factor * w_a * b * r + factor * w_f * a * cp.inv_pos(r)
+    cost = w_a * a + w_f * b + w_a * b * r + w_f * a * cp.inv_pos(r)
     row: Any = (cost <= t).set_label("stage")
     row.doc = "what a million tokens cost by this stage"
     return row
@@ -181,12 +184,12 @@ def _range(r: Any, data: RatioData) -> list[Any]:
     return [(r >= 1 / fleet.most_ffn).set_label("most_ffn"), (r <= fleet.most_attention).set_label("most_attention")]
 
 
-def _cycles(m: Any) -> Any:
+def _cycles(m: Any, unit: float) -> Any:
     """t_c >= tau_ic z_c   for every stage i of every shape c.                                                   (A5)"""
     import pyomo.environ as pyo
 
     rows = [(stage, c) for c, s in m.shapes.items() for stage in s.stages]
-    rule = {(stage, c): m.t[c] >= MICRO * m.shapes[c].stages[stage] * m.z[c] for stage, c in rows}
+    rule = {(stage, c): m.t[c] >= m.shapes[c].stages[stage] / unit * m.z[c] for stage, c in rows}
     return pyo.Constraint(rows, rule=lambda _, *key: rule[key], doc="a cycle takes as long as this stage")
 
 
@@ -271,7 +274,12 @@ def _nearest(data: RatioData, batch: int, best: float) -> Shape:
     return min((one for one in tried if one.cost <= least * (1 + 1e-12)), key=lambda one: one.devices)
 
 
-def _plan(name: str, data: RatioData, chosen: list[tuple[Shape, int]], **figures: Any) -> Plan:
+def _scaled(solve: Solve, scale: float) -> Solve:
+    """The record in the units of the objective; programs are solved in units of their own, whatever those are."""
+    return replace(solve, objective=solve.objective * scale, bound=solve.bound * scale)
+
+
+def _plan(name: str, data: RatioData, chosen: list[tuple[Shape, int]], proof: Solve, **figures: Any) -> Plan:
     """The plan of these bundles; ratio, cost and TPOT are those of the first."""
     (one, count), *rest = chosen
     bundles = [(data.bundle.sized(s.workers, s.servers, s.batch), n) for s, n in rest]
@@ -285,7 +293,7 @@ def _plan(name: str, data: RatioData, chosen: list[tuple[Shape, int]], **figures
         "devices": sum(s.devices * n for s, n in chosen),
     }
     bundle = data.bundle.sized(one.workers, one.servers, one.batch)
-    return Plan(name, bundle=bundle, bundles=count, others=tuple(bundles), figures={**known, **figures})
+    return Plan(name, solve=proof, bundle=bundle, bundles=count, others=tuple(bundles), figures={**known, **figures})
 
 
 def _numbered(names: list[str]) -> list[str]:

@@ -155,9 +155,9 @@ def shapes(data: RatioData, costs: Costs, better: Better | None) -> tuple[Shape,
 
     Shape a dominates b if it is `better` (None: nothing dominates) and asks for no more KV tokens and TPOT; of more
     than `MANY` shapes only what exceeds the limits is compared. Only coprime (x, y) count: k x workers and k y servers
-    cost as much as k bundles of (x, y), and the fullest of more workers is fuller. A cycle with barrier or measured
-    table is at least that of the max-affine mean field, by Jensen's inequality, so that a shape which is dominated
-    even at that bound is left out before its cycle is computed.                                               (A16)
+    cost as much as k bundles of (x, y), and the fullest of more workers is fuller. A cycle with barrier is at least
+    that of the mean field, by Jensen's inequality, so that a shape which is dominated even at that bound is left out
+    before its cycle is computed.                                               (A16)
     """
     bounds = _bounds(data)
     if better is None:
@@ -206,7 +206,7 @@ def _dominated(table: _Table, one: Any, better: Better, least: tuple[float, floa
 
 
 def _bounds(data: RatioData) -> _Table:
-    """All coprime sizes that the fleet allows, each with its cycle on the hull of the mean field."""
+    """All coprime sizes that the fleet allows, each with its cycle in the mean field."""
     fleet, bundle = data.fleet, data.bundle
     pairs = [
         (x, y)
@@ -217,8 +217,7 @@ def _bounds(data: RatioData) -> _Table:
     x, y = (np.array(column, dtype=float) for column in zip(*pairs, strict=True))
     sizes, cycles = [], []
     for batch in data.batches:
-        a, b = ratio.mean_field(bundle.sized(1, 1, batch), data.load)
-        cycles.append((a[:, None] + np.outer(b, x / y)).max(axis=0))
+        cycles.append(_cycles(bundle.sized(1, 1, batch), data.load, x / y))
         sizes.append(np.column_stack([x, y, np.full(len(x), batch)]))
     size, tau = np.concatenate(sizes), np.concatenate(cycles)
     return _Table(
@@ -229,6 +228,14 @@ def _bounds(data: RatioData) -> _Table:
         cost=data.cost(*size.T) * MICRO * tau,
         tpot=bundle.micro_batches * bundle.layers * tau,
     )
+
+
+def _cycles(bundle: Bundle, load: SlotLoad, at: Floats) -> Floats:
+    """Cycles at A/F ratios `at` in the mean field, shape of `at`; with a measured table as it is, not with its hull."""
+    if bundle.ffn_table is not None:
+        return np.array([ratio.cycle(bundle, load, float(r)) for r in at])
+    a, b = ratio.mean_field(bundle, load)
+    return np.asarray((a[:, None] + np.outer(b, at)).max(axis=0))
 
 
 def _affordable(data: RatioData, x: int, y: int) -> bool:

@@ -239,12 +239,13 @@ def test_a_fleet_is_the_best_of_all_counts(seed: int, kinds: int) -> None:
 
 def test_the_price_of_a_device_is_the_dual_of_the_relaxation() -> None:
     fleet = {"most_attention": 6, "most_ffn": 2, "batches": [64, 128, 256], "devices": 17}
-    question = asked(fleet=fleet, tpot=6e-4)
+    question = asked(fleet=fleet, tpot=2.6e-4)
     sizes = [
         (x, y, b)
         for x, y, b in itertools.product(range(1, 7), range(1, 3), fleet["batches"])
-        if 2 * cycle_by_hand(question, x / y, b) <= 6e-4
+        if 2 * cycle_by_hand(question, x / y, b) <= 2.6e-4
     ]
+    assert len(sizes) < 6 * 2 * 3
     gains = [-tokens_by_hand(question, *s) for s in sizes]
     relaxed = linprog(gains, A_ub=[[x + y for x, y, _ in sizes]], b_ub=[17], method="highs")
     plan = solved(FleetRatio(costs="mean-field"), question)
@@ -431,6 +432,15 @@ def test_the_published_rule_gives_the_published_ratios(
     assert abs(x - printed) < 1
 
 
+def test_the_published_rule_rounds_to_the_better_neighbour() -> None:
+    for batch, real, best in ((140, 2.934, 3), (256, 2.169, 2)):
+        plan = api.plan(asked(batch=batch), "afd-published")
+        assert plan.figures["ratio"] == pytest.approx(real, abs=1e-3)
+        assert size(plan) == (best, 1)
+    two = asked(batch=140, ffn_servers=2, fleet={"most_ffn": 2})
+    assert size(api.plan(two, "afd-published")) == (6, 2)
+
+
 def test_the_published_rule_stays_by_its_cycle_in_a_pipeline_of_two() -> None:
     question = asked(GEOMETRIC, pipeline="non-blocking")
     assert size(api.plan(question, "afd-published")) == (9, 1)
@@ -464,22 +474,34 @@ def test_operations_of_deepseek_v3_counted_by_hand() -> None:
 
 
 @pytest.mark.parametrize("pipeline", ["ideal", "non-blocking", "attention-blocking", "blocking"])
-def test_simulating_constant_loads_gives_the_law_of_the_pipeline(pipeline: str) -> None:
+@pytest.mark.parametrize("micro_batches", [1, 2, 3])
+def test_simulating_constant_loads_gives_the_law_of_the_pipeline(pipeline: str, micro_batches: int) -> None:
     """Requests that stay one step hold their prompt alone, so that all loads are equal."""
     lengths = {"prompt": {"law": "constant", "value": 400}, "output": {"law": "constant", "value": 1}}
     question = asked(
         lengths,
         pipeline=pipeline,
-        micro_batches=3,
+        micro_batches=micro_batches,
         batch=10,
         attention=[{"base": 30e-6, "kv": 5e-9}],
         ffn=[{"base": 15e-6, "decode": 1e-6}],
         transfer=[{"base": 8e-6}],
         fleet={"most_attention": 6},
     )
-    made = simulated_throughput(question, question.bundle, 10_000, 1)
+    made = simulated_throughput(question, question.bundle, 5_000, 1)
     law = [tokens_by_hand(question, x, 1, 10) / (x + 1) for x in range(1, 7)]
-    assert made == pytest.approx(law, rel=1e-3)
+    assert made == pytest.approx(law, rel=2e-3)
+
+
+@pytest.mark.parametrize("start", ["stationary", "cold"])
+def test_a_simulation_begins_in_steady_state_or_with_new_requests(start: str) -> None:
+    """Ten steps, in which no new request ends; the batch is so large that the law of large numbers does the rest."""
+    parts = {"ffn": [{"base": 1e-9, "decode": 1e-12}], "batch": 4_000, "fleet": {"most_attention": 2}}
+    question = asked(evaluation={"start": start}, **parts)
+    made = simulated_throughput(question, question.bundle, 1_000, 3)
+    held = question.slot_load.theta if start == "stationary" else 40 + 4.5
+    law = [4_000 * x / (x + 1) / (50e-6 + 1.65e-9 * 4_000 * held) for x in (1, 2)]
+    assert made == pytest.approx(law, rel=1e-6 if start == "cold" else 0.01)
 
 
 @pytest.mark.parametrize("start", ["stationary", "cold"])
