@@ -9,9 +9,8 @@ with P(D > k) / E[D]; over pairs of a trace it is a count; and under a mix of cl
 with probability proportional to rate_c E[D_c].
 
 Slots are independent of each other, so that n of them hold a sum whose characteristic function is the n-th power. It is
-computed by a Fourier transform on a lattice: of single tokens where their range is short, else of about 1 / `FINE`
-standard deviations of the sum. There each load is split over the three nearest points so that its mean and variance
-stay, and the mean of the largest of many sums is met within 5e-6 of a standard deviation, where loads are spread over
+computed by a Fourier transform on a lattice: of single tokens as far as `MOST` points reach, else each load is split
+over the three nearest points so that its mean and variance stay, which is accurate as long as loads are spread over
 many tokens. The lattice is a circle wide enough, by Bernstein's inequality, for all but 2e-16 of the probability.
 """
 
@@ -29,14 +28,12 @@ from llmopt.arrays import Floats, Ints
 from llmopt.errors import ScenarioError
 from llmopt.workload import Pairs, RequestClass
 
-FINE = 256
-"""Points of the lattice in one standard deviation of the sum, at least."""
-COARSE = 4
-"""And in one of a single slot, so that the skewness of many slots stays too."""
-SHORT = 2**15
-"""A range of so many tokens is computed token by token."""
-MOST = 2**20
+MOST = 2**18
 """Points of the lattice at most."""
+SHORT = 2**14
+"""A sum of a range of so many tokens is kept token by token."""
+FINE = 512
+"""Of others at most so many points in a standard deviation are kept, which lengthens it by 3e-7 of itself."""
 TAIL = 1e-12
 """Probability that is neglected beyond each end: round-off of the transform hides it."""
 REACH = -log(1e-16)
@@ -156,22 +153,31 @@ def _summed(law: SlotLaw, n: int) -> LoadLaw:
     """The n-th power of the characteristic function, on the lattice n values[0] + k step."""
     low, width, step = _lattice(law, n)
     begin = floor(low / step)
-    size = _round_up(ceil(width / step) + 1 + (2 * min(n, FINE) if step > 1 else 0))
-    begin -= min(n, FINE) if step > 1 else 0
+    beside = min(n, 2) if step > 1 else 0
+    size = _round_up(ceil(width / step) + 1 + 2 * beside)
     transform = np.fft.rfft(_split(law, step, size))
-    mass = np.roll(np.fft.irfft(transform**n, size), -(begin % size))
-    return _tabled(float(n * law.values[0]) + step * begin, float(step), mass)
+    mass = np.roll(np.fft.irfft(transform**n, size), -((begin - beside) % size))
+    first = float(n * law.values[0]) + step * (begin - beside)
+    many = floor(sqrt(n * law.variance) / (FINE * step)) if width > SHORT else 1
+    return _tabled(first, float(step * max(1, many)), _thinned(mass, max(1, many)))
 
 
 def _lattice(law: SlotLaw, n: int) -> tuple[float, float, int]:
     """Where the circle begins, above n values[0], its length, and the distance of its points, in tokens."""
     below, above = law.mean - float(law.values[0]), float(law.values[-1]) - law.mean
-    if n * (below + above) <= SHORT:
+    if n * (below + above) < MOST:
         return 0.0, n * (below + above), 1
     low, high = (min(n * side, _bernstein(side, n * law.variance)) for side in (below, above))
-    wanted = floor(sqrt(law.variance) * min(sqrt(n) / FINE, 1 / COARSE))
-    step = max(1, wanted, ceil((low + high) / MOST))
-    return n * below - low, low + high, step
+    return n * below - low, low + high, max(1, ceil((low + high) / MOST))
+
+
+def _thinned(mass: Floats, many: int) -> Floats:
+    """Mass on every `many`-th point, that between them split over both neighbours, so that the mean stays."""
+    if many == 1:
+        return mass
+    rows = np.append(mass, np.zeros(-len(mass) % many)).reshape(-1, many)
+    right = np.arange(many) / many
+    return np.asarray(np.append(rows @ (1 - right), 0.0) + np.append(0.0, rows @ right))
 
 
 def _bernstein(most: float, variance: float) -> float:
