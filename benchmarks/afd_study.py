@@ -102,7 +102,7 @@ def traces(shared: Path) -> Iterator[tuple[str, Scenario]]:
 
 def study(name: str, scenario: Scenario, seeds: range) -> None:
     """Some lines: the rules' ratios, what they lose, and how far the predictions lie off."""
-    bundle, load, law, most = scenario.bundle, scenario.slot_load, scenario.slot_law, scenario.fleet.most_attention
+    bundle, load, law, most = scenario.bundle, scenario.run_load, scenario.slot_law, scenario.fleet.most_attention
     runs = np.array([simulate_bundle(scenario, seed).per_weight for seed in seeds])
     curve = runs.mean(axis=0)
     error = runs.std(axis=0, ddof=1) / np.sqrt(len(runs)) / curve if len(runs) > 1 else np.full(most, np.nan)

@@ -36,7 +36,7 @@ class MeanField:
 
     def plan(self, scenario: Scenario) -> Plan:
         """The best ratio times the servers, rounded."""
-        bundle, load = given(scenario, self.name), scenario.slot_load
+        bundle, load = given(scenario, self.name), scenario.run_load
         optimum, most, servers = ratio.best_ratio(bundle, load), scenario.fleet.most_attention, bundle.ffn_servers
         if bundle.ffn_table is not None:
             whole = ratio.best_whole(bundle, load, most, servers)
@@ -92,7 +92,7 @@ class PublishedRatio:
 
     def plan(self, scenario: Scenario) -> Plan:
         """Floor or ceiling of the published ratio."""
-        bundle, load, judged = given(scenario, self.name), scenario.slot_load, scenario.evaluation
+        bundle, load, judged = given(scenario, self.name), scenario.run_load, scenario.evaluation
         requests = judged.requests if judged.start == "cold" else None
         slot = ratio.horizon_load(load.mean_prompt, load.mean_decode, bundle.batch, requests)
         rule = ratio.published(bundle, slot)
@@ -103,7 +103,7 @@ class PublishedRatio:
 
 
 def _behind_barrier(name: str, scenario: Scenario, law: SlotLaw | None) -> Plan:
-    bundle, load = given(scenario, name), scenario.slot_load
+    bundle, load = given(scenario, name), scenario.run_load
     servers = bundle.ffn_servers
     best = barrier.best_barrier(bundle, load, scenario.fleet.most_attention, servers, law)
     cycle = barrier.barrier_cycle(bundle, load, best, servers, law)

@@ -24,7 +24,7 @@ from llmopt.slots import SlotLoad
 
 Costs = Literal["mean-field", "barrier"]
 """Length of a cycle: every worker holds its mean load, or the fullest of x workers decides (its expectation, under the
-exact law of independent loads in steady state)."""
+exact law of independent loads)."""
 MANY = 4000
 MICRO = 1e6
 SECONDS_PER_HOUR = 3600.0
@@ -49,7 +49,7 @@ class RatioData:
         """The data of a scenario."""
         named = [(c.tpot, c.name) for c in scenario.workload.classes if c.tpot is not None]
         tpot, strictest = min(named, default=(float("inf"), ""))
-        return cls(scenario.bundle, scenario.slot_load, scenario.fleet, tpot, strictest, scenario)
+        return cls(scenario.bundle, scenario.run_load, scenario.fleet, tpot, strictest, scenario)
 
     @property
     def law(self) -> SlotLaw:
@@ -69,7 +69,7 @@ class RatioData:
 
     def kv(self, batch: int) -> float:
         """M B theta + z sqrt(M B) nu, KV tokens for which a worker needs room.                                  (A6)"""
-        return ratio.kv_need(self.bundle.sized(1, 1, batch), self.load, self.fleet.kv_sigmas)
+        return ratio.kv_need(self.bundle.sized(1, 1, batch), self.scenario.slot_load, self.fleet.kv_sigmas)
 
     def cost(self, workers: Floats, servers: Floats, batch: Floats) -> Floats:
         """kappa_c = (x w_A + y w_F) L / (x B), scaled by `unit`: what a million tokens cost per us of cycle.    (A4)"""

@@ -86,8 +86,11 @@ def plan(scenario: Scenario | str | Path, policy: str | Policy | None = None) ->
     return check_plan(answer, known)
 
 
-def stability(scenario: Scenario | str | Path, policy: str | Policy = EXACT) -> StabilityReport:
+def stability(scenario: Scenario | str | Path, policy: str | Policy | None = None) -> StabilityReport:
     """Loads, critical rate and what binds under the static split that `policy` plans.
+
+    Without a policy it is the exact program's split; where the A/F ratio is open, bundles of the size that `DEFAULTS`'s
+    policy decides on. A routing policy takes the bundle as given.
 
     Raises
     ------
@@ -98,8 +101,8 @@ def stability(scenario: Scenario | str | Path, policy: str | Policy = EXACT) -> 
 
     known = _loaded(scenario)
     if known.problem == "af-ratio":
-        known, policy = _with_bundle(known, policy), EXACT
-    answer = plan(known, policy)
+        known, policy = _with_bundle(known, DEFAULTS["af-ratio"] if policy is None else policy), EXACT
+    answer = plan(known, EXACT if policy is None else policy)
     if answer.batcher.stepwise:
         raise ScenarioError(
             f"policy {answer.policy!r} lets running requests pause, for which there is no theory; use llmopt compare"
@@ -133,7 +136,7 @@ def _with_bundle(scenario: Scenario, policy: str | Policy) -> Scenario:
     assert answer.bundle is not None
     sizes = {key: getattr(answer.bundle, key) for key in ("attention_workers", "ffn_servers", "batch")}
     load, x = scenario.slot_load, answer.bundle.attention_workers
-    sizes["imbalance"] = answer.bundle.imbalance or imbalance(answer.bundle, load, x)
+    sizes["imbalance"] = answer.bundle.imbalance or imbalance(answer.bundle, load, x, scenario.slot_law)
     bundle = {f"pools.0.bundle.{key}": value for key, value in sizes.items()}
     return scenario.replace(**bundle, **{"pools.0.replicas": answer.bundles}, problem="routing")
 

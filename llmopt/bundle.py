@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from itertools import pairwise, product
+from itertools import product
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from llmopt.arrays import Floats
 from llmopt.errors import ScenarioError
 from llmopt.hardware import FEATURES, Piece, StepTime
 from llmopt.model import InputModel
+from llmopt.stagetable import StageTable
 
 Pipeline = Literal["ideal", "non-blocking", "attention-blocking", "blocking"]
 """Who waits for a transfer, and how the stages of different micro-batches overlap.
@@ -35,47 +36,6 @@ ELSEWHERE = 10_000_000
 """Token budget of a bundle that computes no prompts: their KV caches arrive, however long, in one step."""
 BUDGET = 8192
 """Prompt tokens in one step of a bundle that computes them, unless its pool's token_budget says otherwise."""
-
-
-class StageTable(InputModel):
-    """Measured times of the FFN stage: `seconds[i]` for one layer of `tokens[i]` tokens in one FFN server.
-
-    Linear in between; beyond the ends the first and the last segment go on, never below zero.
-    """
-
-    tokens: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False, min_length=2)]
-    seconds: Annotated[tuple[Annotated[float, Field(gt=0, le=10)], ...], Field(strict=False, min_length=2)]
-
-    @model_validator(mode="after")
-    def _shape(self) -> StageTable:
-        if len(self.tokens) != len(self.seconds):
-            raise ValueError(f"has {len(self.tokens)} tokens but {len(self.seconds)} seconds; give one time each")
-        for key, values in (("tokens", self.tokens), ("seconds", self.seconds)):
-            if any(b <= a for a, b in pairwise(values)):
-                raise ValueError(f"has {key} that do not increase; sort them, and drop repeats")
-        return self
-
-    def __call__(self, tokens: float) -> float:
-        """Seconds for `tokens` tokens."""
-        i = int(np.clip(np.searchsorted(self.tokens, tokens), 1, len(self.tokens) - 1))
-        (x0, x1), (y0, y1) = self.tokens[i - 1 : i + 1], self.seconds[i - 1 : i + 1]
-        return max(0.0, y0 + (y1 - y0) / (x1 - x0) * (tokens - x0))
-
-    @cached_property
-    def hull(self) -> tuple[Piece, ...]:
-        """A convex max-affine function below the table: its lower hull, one piece a segment.
-
-        A segment whose line is negative at 0 gives way to the steepest line through 0 that stays below the table.
-        """
-        points: list[tuple[float, float]] = []
-        for point in zip(self.tokens, self.seconds, strict=True):
-            while len(points) > 1 and _slope(points[-2], points[-1]) >= _slope(points[-1], point):
-                points.pop()
-            points.append(point)
-        lines = [(a[1] - _slope(a, b) * a[0], _slope(a, b)) for a, b in pairwise(points)]
-        if any(base < 0 for base, _ in lines):
-            lines.append((0.0, min(y / x for x, y in points)))
-        return tuple(Piece(base=base, decode=slope, prefill=slope) for base, slope in lines if base >= 0)
 
 
 class Line(NamedTuple):
@@ -329,9 +289,22 @@ def implied(bundle: Any) -> dict[str, Any]:
     return dict(zip(OF_POOL, values, strict=True)) | {"token_budget": budget}
 
 
+def unfit_for_ratio(bundle: Bundle, fleet: Fleet, theta: float) -> str:
+    """Why no A/F ratio can be asked of a bundle whose slots hold `theta` KV tokens on average; empty if one can."""
+    if bundle.prompts == "here":
+        return 'has prompts = "here", but an A/F ratio is one of decode; set prompts = "elsewhere"'
+    if bundle.ffn_servers > fleet.most_ffn:
+        more = f"ffn_servers = {bundle.ffn_servers}, more than fleet.most_ffn = {fleet.most_ffn}"
+        return f"pools[0].bundle has {more}; raise most_ffn"
+    batch = min(fleet.batches or (bundle.batch,))
+    need = bundle.micro_batches * batch * theta
+    if need <= bundle.kv_capacity:
+        return ""
+    return (
+        f"pools[0].bundle has kv_capacity = {bundle.kv_capacity} tokens, but {bundle.micro_batches} micro-batches of "
+        f"{batch} sequences hold {need:.0f} on average; lower batch or micro_batches, or raise kv_capacity"
+    )
+
+
 def _vector(piece: Piece) -> Floats:
     return np.array([getattr(piece, feature) for feature in FEATURES], dtype=float)
-
-
-def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
-    return (b[1] - a[1]) / (b[0] - a[0])

@@ -57,8 +57,8 @@ def _bundles_data(plan: Plan, scenario: Scenario) -> dict[str, Any]:
         "bundle": plan.bundle.model_dump(mode="json"),
         "bundles": plan.bundles,
         "others": [{"bundle": one.model_dump(mode="json"), "bundles": count} for one, count in plan.others],
-        "load": scenario.slot_load,
-        "regime": regime(plan.bundle, scenario.slot_load, plan.bundle.ratio),
+        "load": scenario.run_load,
+        "regime": regime(plan.bundle, scenario.run_load, plan.bundle.ratio),
         "theory": theory,
     }
 

@@ -1,7 +1,7 @@
 """What theory says of a bundle's A/F ratio: optimum, interval, regime, throughput, what other ratios lose, and why.
 
 A, C and F are the times of Attention, one hop and the FFN in one layer. Whatever is said of the barrier takes the exact
-law of the loads (`llmopt.slot_law`), workers independent and in steady state.
+law of the loads (`llmopt.slot_law`), workers independent.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def ratio_report(scenario: Scenario, bundle: Bundle | None = None, confidence: f
     ScenarioError
         If the A/F ratio is not the open decision, no ratio is best, or `confidence` is not between 0 and 1.
     """
-    load, law, fleet, asked = scenario.slot_load, scenario.slot_law, scenario.fleet, bundle or scenario.bundle
+    load, law, fleet, asked = scenario.run_load, scenario.slot_law, scenario.fleet, bundle or scenario.bundle
     y = asked.ffn_servers
     barrier = best_barrier(asked, load, fleet.most_attention, y, law)
     sized = asked if bundle else asked.sized(barrier)
@@ -129,8 +129,8 @@ def ratio_report(scenario: Scenario, bundle: Bundle | None = None, confidence: f
         idle_attention=1 - mean_attention(sized, load, law) / waited,
         idle_ffn=1 - sized.ffn_time(sized.ratio) / waited,
         imbalance=imbalance(sized, load, x, law),
-        kv_mean=kv_need(sized, load),
-        kv_need=kv_need(sized, load, fleet.kv_sigmas),
+        kv_mean=kv_need(sized, scenario.slot_load),
+        kv_need=kv_need(sized, scenario.slot_load, fleet.kv_sigmas),
         curve=_curve(sized, load, law, fleet.most_attention),
         semantics=semantics(sized, load),
     )
@@ -179,8 +179,8 @@ def _loss(bundle: Bundle, load: SlotLoad, ratio: float, best: float) -> float:
 
 
 def _sentences(report: RatioReport, scenario: Scenario) -> Iterator[str]:
-    yield _of_optimum(report, scenario.slot_load, scenario.slot_law)
-    yield _of_interval(report, scenario.slot_load)
+    yield _of_optimum(report, scenario.run_load, scenario.slot_law)
+    yield _of_interval(report, scenario.run_load)
     yield _of_published(report)
     yield from _of_overlap(report)
     if scenario.evaluation.start == "cold":
@@ -201,7 +201,7 @@ def _of_optimum(report: RatioReport, load: SlotLoad, law: SlotLaw) -> str:
         f"In the mean field {best.ratio:.2f} Attention workers per FFN server are best, where the bundle is "
         f"{best.regime} (A = {a:.1f}, C = {c:.1f}, F = {f:.1f} us in a layer); with the barrier, where the "
         f"fullest of {report.barrier} workers holds {fullest:.1%} more than the mean (exact law of the loads, workers "
-        f"independent and in steady state), {report.barrier}A-{y}F is best."
+        f"independent), {report.barrier}A-{y}F is best."
     )
 
 

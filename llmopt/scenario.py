@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from functools import cached_property
+from math import ceil
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, InstanceOf, ValidationError, model_validator
 
-from llmopt.bundle import OF_POOL, Bundle, Fleet, implied
+from llmopt.bundle import OF_POOL, Bundle, Fleet, implied, unfit_for_ratio
 from llmopt.errors import ScenarioError
 from llmopt.explain import explain
 from llmopt.hardware import Piece, StepTime
@@ -241,8 +243,17 @@ class Scenario(InputModel):
 
     @cached_property
     def slot_law(self) -> SlotLaw:
-        """Exact law of that load in steady state."""
-        return slot_law(self.workload.classes, self.workload.rates, self.pools[0].first_step)
+        """Exact law of that load, on average over the judged run: of a steady state unless it starts cold."""
+        cold = self.evaluation.start == "cold"
+        steps = ceil(self.evaluation.requests * self.slot_load.mean_decode / self.bundle.batch) if cold else None
+        return slot_law(self.workload.classes, self.workload.rates, self.pools[0].first_step, steps)
+
+    @cached_property
+    def run_load(self) -> SlotLoad:
+        """`slot_load` as the judged run sees it: from a cold start less, on average, than in steady state."""
+        if self.evaluation.start == "stationary":
+            return self.slot_load
+        return replace(self.slot_load, theta=self.slot_law.mean, variance=self.slot_law.variance)
 
     @cached_property
     def allowed(self) -> tuple[tuple[bool, ...], ...]:
@@ -317,16 +328,9 @@ def _check_ratio_question(scenario: Scenario) -> None:
     """One pool with a bundle, and memory for what its slots hold on average."""
     if len(scenario.pools) != 1 or scenario.pools[0].bundle is None:
         raise ValueError('has problem = "af-ratio", which needs exactly one pool, with a bundle; add [pools.bundle]')
-    bundle = scenario.bundle
-    if bundle.prompts == "here":
-        raise ValueError('has prompts = "here", but an A/F ratio is one of decode; set prompts = "elsewhere"')
-    batch = min(scenario.fleet.batches or (bundle.batch,))
-    need = bundle.micro_batches * batch * scenario.slot_load.theta
-    if need > bundle.kv_capacity:
-        raise ValueError(
-            f"pools[0].bundle has kv_capacity = {bundle.kv_capacity} tokens, but {bundle.micro_batches} micro-batches "
-            f"of {batch} sequences hold {need:.0f} on average; lower batch or micro_batches, or raise kv_capacity"
-        )
+    unfit = unfit_for_ratio(scenario.bundle, scenario.fleet, scenario.slot_load.theta)
+    if unfit:
+        raise ValueError(unfit)
 
 
 def _is_positive(value: object) -> bool:

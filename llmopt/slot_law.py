@@ -6,7 +6,8 @@ A request with prompt P that stays D steps loads its slot with P + k KV tokens i
 
 by renewal-reward, as for the moments in `llmopt.slots`. For independent P and D that is the convolution of the pmf of P
 with P(D > k) / E[D]; over pairs of a trace it is a count; and under a mix of classes a slot is met with one of class c
-with probability proportional to rate_c E[D_c].
+with probability proportional to rate_c E[D_c]. Over K steps from new requests in all slots, step k counts by the
+weight of `llmopt.renewal.age_weights` instead of 1 / E[D].
 
 Slots are independent of each other, so that n of them hold a sum whose characteristic function is the n-th power. It is
 computed by a Fourier transform on a lattice: of single tokens as far as `MOST` points reach, else each load is split
@@ -26,6 +27,7 @@ import numpy as np
 
 from llmopt.arrays import Floats, Ints
 from llmopt.errors import ScenarioError
+from llmopt.renewal import age_weights
 from llmopt.workload import Pairs, RequestClass
 
 MOST = 2**18
@@ -102,18 +104,22 @@ class SlotLaw:
         return self._sums[n]
 
 
-def slot_law(classes: Sequence[RequestClass], rates: Floats, first_step: int = 0) -> SlotLaw:
+def slot_law(classes: Sequence[RequestClass], rates: Floats, first_step: int = 0, steps: int | None = None) -> SlotLaw:
     """The law under a mix of classes with `rates` of shape (n_classes,); arguments as of `slots.slot_load`.
+
+    steps: the law is the mean one over so many steps from a new request in every slot; absent, that of a steady state.
 
     Raises
     ------
     ScenarioError
         If no request stays a single step.
     """
-    counts = [_counts(cls, first_step) for cls in classes]
+    shares = np.asarray(rates, dtype=float)
+    ages = None if steps is None else age_weights(_stays(classes, shares, first_step), steps)
+    counts = [_counts(cls, first_step, ages) for cls in classes]
     lowest = min(low for low, _ in counts)
     total = np.zeros(max(low + len(met) for low, met in counts) - lowest)
-    for rate, (low, met) in zip(np.asarray(rates, dtype=float), counts, strict=True):
+    for rate, (low, met) in zip(shares, counts, strict=True):
         total[low - lowest : low - lowest + len(met)] += rate * met
     if total.sum() <= 0:
         raise ScenarioError("no request stays a single decode step, so that no slot is ever loaded; lengthen outputs")
@@ -121,15 +127,34 @@ def slot_law(classes: Sequence[RequestClass], rates: Floats, first_step: int = 0
     return SlotLaw(np.asarray(lowest + at, np.int64), total[at] / total.sum())
 
 
-def _counts(cls: RequestClass, first_step: int) -> tuple[int, Floats]:
-    """The lowest load v, and the mean number of steps that a request of the class spends at v, v + 1, ..."""
+def _stays(classes: Sequence[RequestClass], rates: Floats, first_step: int) -> Floats:
+    """P(D = d) for d = 0, 1, ... under the mix of classes; one step for certain where no request stays any."""
+    laws = [_staying(cls, first_step) for cls in classes]
+    mixed = np.zeros(max(2, *(len(law) for law in laws)))
+    for rate, law in zip(rates, laws, strict=True):
+        mixed[: len(law)] += rate / rates.sum() * law
+    return mixed if mixed[1:].any() else np.array([0.0, 1.0])
+
+
+def _staying(cls: RequestClass, first_step: int) -> Floats:
     if cls.pairs is not None:
-        return _counted(cls.pairs, first_step)
-    (prompt, p), (output, q) = cls.prompt.pmf, cls.output.pmf
+        return np.asarray(np.bincount(cls.pairs.output - first_step) / len(cls.pairs.output), dtype=np.float64)
+    output, q = cls.output.pmf
+    return np.asarray(np.bincount(output - first_step, weights=q), dtype=np.float64)
+
+
+def _counts(cls: RequestClass, first_step: int, ages: Floats | None) -> tuple[int, Floats]:
+    """The lowest load v, and the mean number of steps that a request of the class spends at v, v + 1, ...
+
+    ages: what a step counts by its number, if not 1; steps beyond count nothing.
+    """
+    if cls.pairs is not None:
+        return _counted(cls.pairs, first_step) if ages is None else _weighted(cls.pairs, first_step, ages)
+    prompt, p = cls.prompt.pmf
     begins = np.bincount(prompt - prompt[0], weights=p).astype(float)
-    stays = np.bincount(output - first_step, weights=q).astype(float)
-    longer = np.cumsum(stays[::-1])[::-1][1:]  # P(D > k), k = 0, 1, ..., from the small ones up
-    return int(prompt[0]), _convolved(begins, longer)
+    longer = np.cumsum(_staying(cls, first_step)[::-1])[::-1][1:]  # P(D > k), k = 0, 1, ..., from the small ones up
+    counted = longer if ages is None else longer[: len(ages)] * ages[: len(longer)]
+    return int(prompt[0]), _convolved(begins, counted)
 
 
 def _counted(pairs: Pairs, first_step: int) -> tuple[int, Floats]:
@@ -139,6 +164,19 @@ def _counted(pairs: Pairs, first_step: int) -> tuple[int, Floats]:
     size = int(ends.max()) + 1
     met = np.cumsum(np.bincount(pairs.prompt - low, minlength=size) - np.bincount(ends, minlength=size))
     return low, met / n
+
+
+def _weighted(pairs: Pairs, first_step: int, ages: Floats) -> tuple[int, Floats]:
+    """The same, step by step of the requests that stay so long."""
+    low, decode = int(pairs.prompt.min()), pairs.output - first_step
+    longest = np.argsort(-decode, kind="stable")
+    begins, decode = (pairs.prompt - low)[longest], decode[longest]
+    met = np.zeros(int((begins + decode).max()) + 1)
+    for k, weight in enumerate(ages[: int(decode[0])]):
+        alive = int(np.searchsorted(-decode, -k, side="left"))
+        at = np.bincount(begins[:alive] + k)
+        met[: len(at)] += weight * at
+    return low, met / len(decode)
 
 
 def _convolved(a: Floats, b: Floats) -> Floats:

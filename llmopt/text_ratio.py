@@ -40,7 +40,7 @@ NOTES = (
 
 def ratio_headline(scenario: Scenario) -> str:
     """Name, digest, and what the slots hold."""
-    load, bundle = scenario.slot_load, scenario.bundle
+    load, bundle = scenario.run_load, scenario.bundle
     error = f" ± {number(load.error)}" if load.error else ""
     pipeline = f"{bundle.micro_batches} micro-batches in flight, {bundle.pipeline} pipeline"
     return (
@@ -240,7 +240,7 @@ def _facts(plan: Plan, scenario: Scenario, report: RatioReport) -> dict[str, str
         "its interval": f"{number(low, 4)} to {number(high, 4)}" if high > low else "a point: the lengths are given",
         "best with the barrier": f"{report.barrier}A-{bundle.ffn_servers}F",
         "published rule": f"{number(report.published.ratio, 4)}, from empty slots {number(report.horizon.ratio, 4)}",
-        "regime": regime(bundle, scenario.slot_load, bundle.ratio),
+        "regime": regime(bundle, scenario.run_load, bundle.ratio),
         "tokens/s per instance": f"{number(report.throughput, 4)} (mean field {of_mean_field})",
         "idle": f"Attention {share(report.idle_attention)}, FFN {share(report.idle_ffn)}",
         "TPOT": f"{number(1e3 * report.tpot)} ms",

@@ -535,7 +535,6 @@ QUESTIONS = {
         pipeline="blocking", layers=61, model="DeepSeek-V3", fleet={"devices": 40, "most_ffn": 2}
     ),
     "servers given": lambda: asked(ffn_servers=2, model="Qwen3-235B-A22B", fleet={"most_ffn": 2, "most_attention": 9}),
-    "more servers than allowed": lambda: asked(ffn_servers=5, model="DeepSeek-V3"),
     "one worker": lambda: asked(fleet={"most_attention": 1}, model="DeepSeek-V3", transfer_of="bundle"),
     "table and prices": lambda: asked(
         ffn=(),

@@ -25,7 +25,8 @@ LAYERS = (
     ("lengths", "catalog", "solution", "steptable"),
     ("arrivals", "trace_data"),
     ("workload", "rounds", "hardware", "trace_formats"),
-    ("machines", "predictions", "bundle", "slots", "slot_law"),
+    ("machines", "predictions", "stagetable", "renewal"),
+    ("bundle", "slots", "slot_law"),
     ("profiles",),
     ("scenario", "trace_files", "trace_summary", "trace_servegen"),
     ("traces", "moments", "batcher", "ratio"),
@@ -54,7 +55,7 @@ LAYERS = (
 RANK = {f"llmopt.{name}": rank for rank, names in enumerate(LAYERS) for name in names}
 POLICIES_MAY = ("errors", "arrays", "lengths", "workload", "hardware", "scenario", "moments", "solution")
 POLICIES_MAY += ("plan", "policy", "stability", "capacity", "rounds", "batcher", "predictions")
-POLICIES_MAY += ("bundle", "slots", "slot_law", "ratio", "barrier", "machines")
+POLICIES_MAY += ("bundle", "renewal", "slots", "slot_law", "ratio", "barrier", "machines")
 HEAVY = ("pandas", "cvxpy", "pyomo", "numba", "matplotlib", "scipy", "highspy")
 
 

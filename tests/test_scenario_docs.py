@@ -9,13 +9,14 @@ from typing import get_args
 import pytest
 
 from llmopt.arrivals import Arrivals
-from llmopt.bundle import Bundle, Fleet, Pipeline, StageTable
+from llmopt.bundle import Bundle, Fleet, Pipeline
 from llmopt.hardware import Piece
 from llmopt.lengths import Law
 from llmopt.model import InputModel
 from llmopt.predictions import Predictor
 from llmopt.reading import load_scenario
 from llmopt.scenario import Evaluation, Pool, Preemption, Scenario
+from llmopt.stagetable import StageTable
 from llmopt.trace_formats import GENERIC, format_names
 from llmopt.workload import RequestClass, TraceSource, Workload
 

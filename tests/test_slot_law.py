@@ -212,3 +212,35 @@ def test_a_scenario_has_the_law_of_its_load_and_the_same_digest() -> None:
     assert scenario.slot_law.variance == pytest.approx(scenario.slot_load.variance, rel=1e-9)
     assert scenario.slot_law is scenario.slot_law
     assert scenario.digest == digest == Scenario.model_validate(data).digest
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("steps", [1, 7, 60])
+def test_a_cold_run_is_what_slots_hold_on_average_from_new_requests_on(joint: bool, steps: int) -> None:
+    """Every path of requests in one slot is followed by recursion, weighted by its probability."""
+    rng = np.random.default_rng(3)
+    prompt, output = rng.integers(1, 9, 12), rng.integers(1, 7, 12)
+    laws = {
+        key: {"law": "histogram", "values": values.tolist(), "weights": counts.astype(float).tolist()}
+        for key, drawn in (("prompt", prompt), ("output", output))
+        for values, counts in [np.unique(drawn, return_counts=True)]
+    }
+    cls = RequestClass.model_validate(
+        {"name": "x", "share": 1.0, **laws, **({"pairs": Pairs(prompt, output)} if joint else {})}
+    )
+    if joint:
+        cases = [(p, o - 1, 1 / 12) for p, o in zip(prompt.tolist(), output.tolist(), strict=True)]
+    else:
+        cases = [(p, o - 1, 1 / 144) for p in prompt.tolist() for o in output.tolist()]
+    stays = sum(w for _, d, w in cases if d > 0)
+    starts, held = np.zeros(steps), dict[int, float]()
+    starts[0] = 1.0
+    for s in range(steps):
+        for p, d, w in cases:
+            for k in range(min(d, steps - s)):
+                held[p + k] = held.get(p + k, 0.0) + starts[s] * w / stays / steps
+            if 0 < d < steps - s:
+                starts[s + d] += starts[s] * w / stays
+    law = slot_law([cls], np.ones(1), 1, steps)
+    assert law.values.tolist() == sorted(held)
+    assert law.probabilities == pytest.approx([held[v] for v in sorted(held)], abs=1e-12)

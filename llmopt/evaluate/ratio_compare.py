@@ -97,7 +97,7 @@ class _Game(Jobs):
         """The loads of the most workers at the bundle's B, drawn when first asked for."""
         key = (bundle.batch, seed)
         if key not in self.loads:
-            scenario, load = self.scenario, self.scenario.slot_load
+            scenario, load = self.scenario, self.scenario.run_load
             self.loads[key] = load_series(
                 scenario.workload.classes,
                 scenario.workload.rates,

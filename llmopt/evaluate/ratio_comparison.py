@@ -182,7 +182,7 @@ class RatioComparison(Written):
             "start": evaluation.start,
             "confidence": evaluation.confidence,
             "seeds": self.seeds,
-            "load": self.scenario.slot_load,
+            "load": self.scenario.run_load,
             "bundle": self.scenario.bundle.model_dump(mode="json"),
             "sentences": self.sentences,
         }
@@ -194,7 +194,7 @@ class RatioComparison(Written):
     def regime(self, outcome: RatioOutcome) -> str:
         """The stage that binds at the outcome's ratio, in the mean field."""
         bundle = outcome.bundle
-        return "" if bundle is None else regime(bundle, self.scenario.slot_load, bundle.ratio)
+        return "" if bundle is None else regime(bundle, self.scenario.run_load, bundle.ratio)
 
     def _row(self, outcome: RatioOutcome) -> dict[str, Any]:
         bundle, plan = outcome.bundle, outcome.plan
