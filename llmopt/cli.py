@@ -133,13 +133,17 @@ def plan(
 
 @main.command()
 @click.argument("scenario", metavar="SCENARIO")
-@click.option("--policy", default="max-margin", show_default=True, metavar="NAME", help="Whose split to assess.")
+@click.option(
+    "--policy",
+    metavar="NAME",
+    help="Whose split to assess, or bundle; max-margin, or afd-fleet where the ratio is open.",
+)
 @scenario_options
 @json_option
 @click.option("--check", is_flag=True, help="Exit with 1 unless the verdict is stable.")
 def stability(
     scenario: str,
-    policy: str,
+    policy: str | None,
     trace: str | None,
     rate: float | None,
     load: float | None,
