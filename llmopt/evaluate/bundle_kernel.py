@@ -1,64 +1,175 @@
-"""The compiled loop of the bundle simulator: M micro-batches through L layers, for several numbers of workers at once.
+"""The compiled loop of the bundle simulator: M micro-batches through L layers, for one number of workers.
+
+In every step, layer and micro-batch m in this order, with T the time of each worker j in this step:
+
+    start_j = max(free_j, ready_m),  done_j = start_j + T_mj,  free_j = done_j + send_a
+    back = max(free_F, max_j done_j + hop) + ffn,  free_F = back + send_f,  ready_m = back + hop
+
+The loads of a step are the same in all layers, so that what happens soon repeats itself, and the layers of a step are
+not all played. The core, ready_m of all m and free_F, is a convex, increasing function F of the core and of free_j one
+layer before. Let it have moved by the same d, each entry by its own, in three layers. While it goes on like that, l
+layers later
+
+    free_j = max{free_j + l S_j, max_m ready_m + R_mj + (l - 1) max(d_m, S_j)},  R_mj = sum_{i >= m} (T_ij + send_a),
+
+where S_j = R_0j: worker j has not waited since, or last waited for micro-batch m in the first or the last layer, as all
+that lies between is linear in the layer. Counted from the end of the first of the three layers, the right side is
+convex in l >= 0: at l = 0 it is free_j itself, as free_j >= ready_m - d_m + R_mj after any layer. So the core one layer
+further is convex in l. It agreed with a straight line in the second and the third layer; if it does so again after n
+others, it did so in between, and all moved the core by d. A leap of n layers and one layer played, to see whether it
+agrees, stand for n + 1 layers; if it does not, shorter leaps are tried. Agreement is up to rounding, and to keep that
+small, times are counted from the start of each step.
 
 One file of its own, because numba keeps compiled code on disk by the file it stands in. Unlike the other kernels this
-one is compiled with its loops vectorised: the loop over the workers is all it does.
+one is compiled with its loops vectorised: the loops over the workers are all it does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from functools import cache
+from types import FunctionType
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numba
+import numpy as np
 
 from llmopt.arrays import Floats
 
 F = TypeVar("F", bound=Callable[..., Any])
+ALIKE = 3
+"""Layers that must have moved the core alike before a leap."""
+SHORTEST = 4
+"""Layers of the shortest leap: a leap and its layer cost about as much as these."""
+ROUNDING = 256 * 2.0**-52
+"""Two moves are alike if they differ by less than this part of the time since the step began."""
+
+
+class Times(NamedTuple):
+    """Seconds of one layer: of Attention, shape (M, K, W); of an FFN server and a hop; spent on sending afterwards."""
+
+    attention: Floats
+    ffn: float
+    hop: float
+    send_a: float
+    send_f: float
+
+
+class State(NamedTuple):
+    """When all are free, s. workers: free_j, shape (x,); core: ready_m of all m and free_F, shape (M + 1,)."""
+
+    workers: Floats
+    core: Floats
 
 
 def compiled(function: F) -> F:
-    """Compile with numba, cached on disk; the plain function stays there as `py_func`."""
-    return cast(F, numba.njit(cache=True, nogil=True, error_model="numpy")(function))
+    """Compile with numba, cached on disk; a maximum may be taken in any order, as no time is NaN."""
+    return cast(F, numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"nnan", "nsz"})(function))
 
 
 @compiled
-def play(
-    times: Floats,
-    ffn: Floats,
-    hop: Floats,
-    send_a: Floats,
-    send_f: Floats,
-    layers: int,
-    first: int,
-    end_a: Floats,
-    end_f: Floats,
-    ready: Floats,
-    returned: Floats,
-) -> None:
-    """Play bundles of first, first + 1, ... workers, n of them, each on the first columns of `times`. All in seconds.
+def play(times: Times, workers: int, layers: int, returned: Floats) -> None:
+    """Play a bundle of `workers` workers, the first columns of the times, from an empty pipeline.
 
-    times: of Attention, shape (M, K, W); ffn, hop: of one FFN server and one hop, shape (n,); send_a, send_f: for how
-    long a worker or a server is occupied after computing, shape (n,). The state, zeros before the first step: end_a,
-    shape (n, W), and end_f, shape (n,), when a device is free; ready, shape (n, M), when a micro-batch is back.
-    returned, shape (n, M, K): when it is back from the last layer of each step.
-
-    In every step, layer and micro-batch m in this order, with T the time of each worker j in this step:
-
-        start_j = max(end_a_j, ready_m),  done_j = start_j + T_j,  end_a_j = done_j + send_a
-        done = max(end_f, max_j done_j + hop) + ffn,  end_f = done + send_f,  ready_m = done + hop
+    returned, shape (M, K): seconds from the start until each micro-batch is back from the last layer of each step.
     """
-    for k in range(times.shape[1]):
-        for _ in range(layers):
-            for m in range(times.shape[0]):
-                for x in range(len(ffn)):
-                    latest = 0.0
-                    for j in range(first + x):
-                        done = max(end_a[x, j], ready[x, m]) + times[m, k, j]
-                        end_a[x, j] = done + send_a[x]
-                        latest = max(latest, done)
-                    back = max(end_f[x], latest + hop[x]) + ffn[x]
-                    end_f[x] = back + send_f[x]
-                    ready[x, m] = back + hop[x]
-        for x in range(len(ffn)):
-            for m in range(times.shape[0]):
-                returned[x, m, k] = ready[x, m]
+    micro_batches, steps, _ = times.attention.shape
+    state = State(np.zeros(workers), np.zeros(micro_batches + 1))
+    spare = State(np.zeros(workers), np.zeros(micro_batches + 1))
+    began = 0.0
+    for k in range(steps):
+        now = state.core[0]
+        began += now
+        state.core[:] -= now
+        state.workers[:] -= now
+        play_step(times, k, layers, state, spare)
+        for m in range(micro_batches):
+            returned[m, k] = began + state.core[m]
+
+
+@compiled
+def play_step(times: Times, k: int, layers: int, state: State, spare: State) -> None:
+    """All layers of step k; `spare` is overwritten."""
+    move = np.zeros(len(state.core))
+    alike, left, farthest = 0, layers, layers
+    while left > 0:
+        leap = min(farthest, left - 1)
+        if alike >= ALIKE and leap >= SHORTEST:
+            farthest = leap // 2
+            if leap_over(times, k, leap, move, state, spare):
+                left -= leap + 1
+            continue
+        spare.core[:] = state.core
+        play_layer(times, k, state)
+        left -= 1
+        if alike > 0 and moved_by(move, spare.core, state.core):
+            alike += 1
+        else:
+            alike, farthest = 1, layers
+        move[:] = state.core - spare.core
+
+
+@compiled
+def play_layer(times: Times, k: int, state: State) -> None:
+    """One layer of step k: the recurrence."""
+    workers, core = state
+    last = len(core) - 1
+    for m in range(last):
+        attention, ready, latest = times.attention[m, k], core[m], 0.0
+        for j in range(len(workers)):
+            done = max(workers[j], ready) + attention[j]
+            workers[j] = done + times.send_a
+            latest = max(latest, done)
+        back = max(core[last], latest + times.hop) + times.ffn
+        core[last] = back + times.send_f
+        core[m] = back + times.hop
+
+
+@compiled
+def leap_over(times: Times, k: int, leap: int, move: Floats, state: State, spare: State) -> bool:
+    """Leap over layers and play one; whether that moves the core by `move`. If not, the state is as before."""
+    spare.workers[:] = state.workers
+    spare.core[:] = state.core
+    foresee(times, k, leap, move, state)
+    landed = state.core.copy()
+    play_layer(times, k, state)
+    if moved_by(move, landed, state.core):
+        return True
+    state.workers[:] = spare.workers
+    state.core[:] = spare.core
+    return False
+
+
+@compiled
+def foresee(times: Times, k: int, leap: int, move: Floats, state: State) -> None:
+    """The state `leap` layers later, if every layer moves the core by `move`: the formula for free_j above."""
+    workers, core = state
+    cycle, rest = np.zeros(len(workers)), np.zeros(len(workers))
+    for m in range(len(core) - 1):
+        cycle += times.attention[m, k, : len(workers)] + times.send_a
+    workers += leap * cycle
+    for m in range(len(core) - 2, -1, -1):
+        attention, ready, pace = times.attention[m, k], core[m], move[m]
+        for j in range(len(workers)):
+            rest[j] += attention[j] + times.send_a
+            workers[j] = max(workers[j], ready + rest[j] + (leap - 1) * max(pace, cycle[j]))
+    core += leap * move
+
+
+@compiled
+def moved_by(move: Floats, before: Floats, after: Floats) -> bool:
+    """Whether every entry has moved by `move`, up to rounding."""
+    worst = 0.0
+    for i in range(len(move)):
+        worst = max(worst, abs(after[i] - before[i] - move[i]))
+    return bool(worst <= ROUNDING * after[-1])
+
+
+@cache
+def plain() -> Callable[..., None]:
+    """The same `play` as an ordinary Python function that calls ordinary Python functions."""
+    space = dict(globals())
+    for name, value in globals().items():
+        if hasattr(value, "py_func"):
+            space[name] = FunctionType(value.py_func.__code__, space, name)
+    return cast(Callable[..., None], space["play"])

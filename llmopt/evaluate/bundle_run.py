@@ -1,13 +1,13 @@
 """The saturated bundle simulator: every number of Attention workers, played on one load series.
 
 All slots of all micro-batches are always full; what varies from step to step is how many KV tokens they hold, and the
-fullest worker of a micro-batch decides when it goes on. Semantics of a pipeline: `bundle_kernel.play`, and for "ideal"
+fullest worker of a micro-batch decides when it goes on. Semantics of a pipeline: `bundle_kernel`, and for "ideal"
 a cycle that lasts max{max_j A_j, C, F} (section 4.2 of the notes on Song et al., arXiv 2601.21351).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 from typing import Literal, NamedTuple
@@ -19,9 +19,6 @@ from llmopt.bundle import Bundle
 from llmopt.errors import ScenarioError
 from llmopt.evaluate.bundle_load import load_series
 from llmopt.scenario import Scenario
-
-MOST_GAPS = 2**23
-"""Times between tokens that are kept at once: 64 MiB."""
 
 
 @dataclass(frozen=True)
@@ -153,30 +150,17 @@ def _ideal(bundle: Bundle, stages: Stages) -> tuple[Floats, Floats, Floats]:
 
 def _pipeline(bundle: Bundle, stages: Stages, core: str) -> tuple[Floats, Floats, Floats]:
     """The same where M micro-batches are played through the pipeline."""
-    parts = [(r.max(axis=(1, 2)), *_gaps(r)) for r in _returned(bundle, stages, core)]
-    makespan, mean, p99 = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return makespan, mean, p99
+    from llmopt.evaluate.bundle_kernel import Times, plain, play
 
-
-def _gaps(returned: Floats) -> tuple[Floats, Floats]:
-    gaps = np.diff(returned, axis=2, prepend=0.0).reshape(len(returned), -1)
-    return gaps.mean(axis=1), np.quantile(gaps, 0.99, axis=1)
-
-
-def _returned(bundle: Bundle, stages: Stages, core: str) -> Iterator[Floats]:
-    """When each micro-batch is back from each step, shape (n, M, K), for as many x at a time as memory allows."""
-    from llmopt.evaluate.bundle_kernel import play
-
-    kernel: Callable[..., None] = getattr(play, "py_func") if core == "python" else play  # noqa: B009
+    kernel: Callable[..., None] = plain() if core == "python" else play
     micro_batches, steps, workers = stages.attention.shape
-    each = max(1, MOST_GAPS // (micro_batches * steps))
-    for first in range(0, workers, each):
-        part = slice(first, min(first + each, workers))
-        n = part.stop - first
-        returned = np.empty((n, micro_batches, steps))
-        state = np.zeros((n, workers)), np.zeros(n), np.zeros((n, micro_batches))
-        kernel(stages.attention, *(s[part] for s in stages[1:]), bundle.layers, first + 1, *state, returned)
-        yield returned
+    returned, found = np.empty((micro_batches, steps)), np.empty((3, workers))
+    for x in range(1, workers + 1):
+        times = Times(stages.attention, *(float(stage[x - 1]) for stage in stages[1:]))
+        kernel(times, x, bundle.layers, returned)
+        gaps = np.diff(returned, axis=1, prepend=0.0)
+        found[:, x - 1] = returned[:, -1].max(), gaps.mean(), np.quantile(gaps, 0.99)
+    return found[0], found[1], found[2]
 
 
 def _summary(
