@@ -1,4 +1,4 @@
-"""Bring the printed output and the picture in the documents up to date: `python -m docs.refresh`, then read the diff.
+"""Bring the printed output and the pictures in the documents up to date: `python -m docs.refresh`, then read the diff.
 
 Every console block keeps its commands and as many lines under each as it had; the lines are what the command prints
 now. The conventions are those of tests/test_readme.py, which holds the documents to what is printed.
@@ -17,7 +17,12 @@ from click.testing import CliRunner
 from llmopt.cli import main
 from tests.test_readme import DOCUMENTS, FENCE, ROOT, blocks, commands, provide, runnable
 
-PICTURE = "backlog.png"
+PICTURES = {
+    "backlog.png": ("quickstart", "backlog.png"),
+    "afd-ratio.png": ("afd-two-micro-batches", "ratio.png"),
+    "afd-ways.png": ("afd-ways", "ways.png"),
+}
+"""Pictures of the documents: of which bundled scenario's report, and which one in it."""
 
 
 def refreshed(body: str) -> str:
@@ -52,5 +57,6 @@ if __name__ == "__main__":
         provide(Path(folder))
         for path in DOCUMENTS:
             refresh(path)
-        CliRunner().invoke(main, ["compare", "quickstart", "--report", "demo"], catch_exceptions=False)
-        shutil.copy(Path("demo") / PICTURE, ROOT / "docs" / "img" / PICTURE)
+        for target, (scenario, picture) in PICTURES.items():
+            CliRunner().invoke(main, ["compare", scenario, "--report", scenario], catch_exceptions=False)
+            shutil.copy(Path(scenario) / picture, ROOT / "docs" / "img" / target)
