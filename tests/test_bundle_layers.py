@@ -65,10 +65,15 @@ def test_foresight_is_what_the_recurrence_comes_to_while_the_core_moves_evenly()
         micro_batches, workers, leap, send = *(int(n) for n in rng.integers(1, 6, 3)), float(rng.choice([0.0, 0.3]))
         times = bundle_kernel.Times(rng.random((micro_batches, 1, workers)), 0.0, 0.0, send, 0.0)
         state = bundle_kernel.State(3 * rng.random(workers), 2 * rng.random(micro_batches + 1))
-        move, free = 2 * rng.random(micro_batches + 1), state.workers.tolist()
+        saved, move, spare = (
+            bundle_kernel.State(*np.zeros((2, 1))),
+            2 * rng.random(micro_batches + 1),
+            np.zeros((2, workers)),
+        )
+        free = state.workers.tolist()
         core = state.core.copy()
         for layer, m, j in product(range(leap), range(micro_batches), range(workers)):
             free[j] = max(free[j], core[m] + layer * move[m]) + times.attention[m, 0, j] + send
-        bundle_kernel.foresee(times, 0, leap, move, state)
+        bundle_kernel.foresee(times, 0, leap, state, bundle_kernel.Space(saved, move, move, *spare))
         assert state.workers == pytest.approx(np.array(free), rel=1e-12)
         assert state.core == pytest.approx(core + leap * move, rel=1e-12)

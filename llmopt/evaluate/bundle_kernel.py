@@ -62,6 +62,19 @@ class State(NamedTuple):
     core: Floats
 
 
+class Space(NamedTuple):
+    """Arrays to work in, as to allocate them takes longer than a layer.
+
+    saved: the state to go back to; move: d; before: the core before a layer; cycle: S_j; rest: R_mj of one m.
+    """
+
+    saved: State
+    move: Floats
+    before: Floats
+    cycle: Floats
+    rest: Floats
+
+
 def compiled(function: F) -> F:
     """Compile with numba, cached on disk; a maximum may be taken in any order, as no time is NaN."""
     return cast(F, numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"nnan", "nsz"})(function))
@@ -74,39 +87,39 @@ def play(times: Times, workers: int, layers: int, returned: Floats) -> None:
     returned, shape (M, K): seconds from the start until each micro-batch is back from the last layer of each step.
     """
     micro_batches, steps, _ = times.attention.shape
-    state = State(np.zeros(workers), np.zeros(micro_batches + 1))
-    spare = State(np.zeros(workers), np.zeros(micro_batches + 1))
+    core, free = np.zeros(micro_batches + 1), np.zeros(workers)
+    state, saved = State(free, core), State(free.copy(), core.copy())
+    space = Space(saved, core.copy(), core.copy(), free.copy(), free.copy())
     began = 0.0
     for k in range(steps):
-        now = state.core[0]
+        now = core[0]
         began += now
-        state.core[:] -= now
-        state.workers[:] -= now
-        play_step(times, k, layers, state, spare)
+        core -= now
+        free -= now
+        play_step(times, k, layers, state, space)
         for m in range(micro_batches):
-            returned[m, k] = began + state.core[m]
+            returned[m, k] = began + core[m]
 
 
 @compiled
-def play_step(times: Times, k: int, layers: int, state: State, spare: State) -> None:
-    """All layers of step k; `spare` is overwritten."""
-    move = np.zeros(len(state.core))
+def play_step(times: Times, k: int, layers: int, state: State, space: Space) -> None:
+    """All layers of step k."""
     alike, left, farthest = 0, layers, layers
     while left > 0:
         leap = min(farthest, left - 1)
         if alike >= ALIKE and leap >= SHORTEST:
             farthest = leap // 2
-            if leap_over(times, k, leap, move, state, spare):
+            if leap_over(times, k, leap, state, space):
                 left -= leap + 1
             continue
-        spare.core[:] = state.core
+        space.before[:] = state.core
         play_layer(times, k, state)
         left -= 1
-        if alike > 0 and moved_by(move, spare.core, state.core):
+        if alike > 0 and moved_alike(state, space):
             alike += 1
         else:
             alike, farthest = 1, layers
-        move[:] = state.core - spare.core
+        np.subtract(state.core, space.before, space.move)
 
 
 @compiled
@@ -126,43 +139,49 @@ def play_layer(times: Times, k: int, state: State) -> None:
 
 
 @compiled
-def leap_over(times: Times, k: int, leap: int, move: Floats, state: State, spare: State) -> bool:
-    """Leap over layers and play one; whether that moves the core by `move`. If not, the state is as before."""
-    spare.workers[:] = state.workers
-    spare.core[:] = state.core
-    foresee(times, k, leap, move, state)
-    landed = state.core.copy()
+def leap_over(times: Times, k: int, leap: int, state: State, space: Space) -> bool:
+    """Leap over layers and play one; whether that moves the core as those before. If not, the state is as before."""
+    space.saved.workers[:] = state.workers
+    space.saved.core[:] = state.core
+    foresee(times, k, leap, state, space)
+    space.before[:] = state.core
     play_layer(times, k, state)
-    if moved_by(move, landed, state.core):
+    if moved_alike(state, space):
         return True
-    state.workers[:] = spare.workers
-    state.core[:] = spare.core
+    state.workers[:] = space.saved.workers
+    state.core[:] = space.saved.core
     return False
 
 
 @compiled
-def foresee(times: Times, k: int, leap: int, move: Floats, state: State) -> None:
-    """The state `leap` layers later, if every layer moves the core by `move`: the formula for free_j above."""
+def foresee(times: Times, k: int, leap: int, state: State, space: Space) -> None:
+    """The state `leap` layers later, if every layer moves the core by `space.move`: the formula for free_j above."""
     workers, core = state
-    cycle, rest = np.zeros(len(workers)), np.zeros(len(workers))
+    move, cycle, rest = space.move, space.cycle, space.rest
+    cycle[:] = 0.0
     for m in range(len(core) - 1):
-        cycle += times.attention[m, k, : len(workers)] + times.send_a
-    workers += leap * cycle
+        attention = times.attention[m, k]
+        for j in range(len(workers)):
+            cycle[j] += attention[j] + times.send_a
+    for j in range(len(workers)):
+        workers[j] += leap * cycle[j]
+        rest[j] = 0.0
     for m in range(len(core) - 2, -1, -1):
         attention, ready, pace = times.attention[m, k], core[m], move[m]
         for j in range(len(workers)):
             rest[j] += attention[j] + times.send_a
             workers[j] = max(workers[j], ready + rest[j] + (leap - 1) * max(pace, cycle[j]))
-    core += leap * move
+    for i in range(len(core)):
+        core[i] += leap * move[i]
 
 
 @compiled
-def moved_by(move: Floats, before: Floats, after: Floats) -> bool:
-    """Whether every entry has moved by `move`, up to rounding."""
+def moved_alike(state: State, space: Space) -> bool:
+    """Whether every entry of the core has moved by `space.move` since `space.before`, up to rounding."""
     worst = 0.0
-    for i in range(len(move)):
-        worst = max(worst, abs(after[i] - before[i] - move[i]))
-    return bool(worst <= ROUNDING * after[-1])
+    for i in range(len(state.core)):
+        worst = max(worst, abs(state.core[i] - space.before[i] - space.move[i]))
+    return bool(worst <= ROUNDING * state.core[-1])
 
 
 @cache
