@@ -24,6 +24,7 @@ from llmopt.workload import RequestClass
 from tests import oracle_bundle
 
 WORKERS, SLOTS, STEPS = 32, 512, 10_000
+MANY_WORKERS, MANY_STEPS, LAYERS = 256, 1000, 61
 FEW_WORKERS, FEW_SLOTS, FEW_STEPS = 8, 256, 1000
 REQUESTS = RequestClass.model_validate(
     {
@@ -78,10 +79,18 @@ def speed(report: Report, runs: int) -> None:
         report.line(f"load series, {name}", loads, "s")
         report.line(f"1..{WORKERS} workers on it, {name}", plays, "s")
         report.line(f"both, {name}", loads + plays, "s", most=5.0)
-    deep = bundle_of("non-blocking", 3, layers=61)
-    report.line(
-        "61 layers, 3 micro-batches, played", seconds(lambda: play_bundle(deep, series), max(3, runs // 3)), "s"
-    )
+    many_layers(report, max(3, runs // 3))
+
+
+def many_layers(report: Report, runs: int) -> None:
+    """What the layers of a model cost beside a single one, for few workers and for many."""
+    for workers, steps in ((WORKERS, STEPS), (MANY_WORKERS, MANY_STEPS)):
+        flat, deep = bundle_of("non-blocking", 3), bundle_of("non-blocking", 3, layers=LAYERS)
+        series = series_of(flat, workers, steps)
+        one = seconds(lambda series=series, flat=flat: play_bundle(flat, series), runs)  # type: ignore[misc]
+        all_layers = seconds(lambda series=series, deep=deep: play_bundle(deep, series), runs)  # type: ignore[misc]
+        report.line(f"{LAYERS} layers, 3 micro-batches, 1..{workers} workers, {steps} steps", all_layers, "s")
+        report.line("the same, times a single layer", all_layers / one, "x", most=LAYERS / 3)
 
 
 def naive(report: Report, runs: int) -> None:
