@@ -19,7 +19,6 @@ from llmopt.arrays import Floats, Ints
 from llmopt.bundle import Bundle, Fleet
 from llmopt.errors import PolicyError
 from llmopt.scenario import Scenario
-from llmopt.slot_law import SlotLaw
 from llmopt.slots import SlotLoad
 
 Costs = Literal["mean-field", "barrier"]
@@ -32,7 +31,9 @@ SECONDS_PER_HOUR = 3600.0
 
 @dataclass(frozen=True)
 class RatioData:
-    """Data of a question about the A/F ratio: bundle, load of a slot, fleet, and the strictest TPOT with its class.
+    """Data of a question about the A/F ratio: bundle, fleet, and the strictest TPOT with its class.
+
+    load: of a slot at the bundle's own B; from a cold start that of another B is `scenario.load_at(B)`.
 
     tpot: seconds, inf where no class has one.
     """
@@ -50,11 +51,6 @@ class RatioData:
         named = [(c.tpot, c.name) for c in scenario.workload.classes if c.tpot is not None]
         tpot, strictest = min(named, default=(float("inf"), ""))
         return cls(scenario.bundle, scenario.run_load, scenario.fleet, tpot, strictest, scenario)
-
-    @property
-    def law(self) -> SlotLaw:
-        """Exact law of a slot's load."""
-        return self.scenario.slot_law
 
     @cached_property
     def batches(self) -> tuple[int, ...]:
@@ -117,11 +113,11 @@ def stage_rows(bundle: Bundle, load: SlotLoad, at: float) -> dict[str, float]:
 
 def shape(data: RatioData, workers: int, servers: int, batch: int, costs: Costs) -> Shape:
     """A shape with its costs."""
-    sized = data.bundle.sized(workers, servers, batch)
+    sized, load = data.bundle.sized(workers, servers, batch), data.scenario.load_at(batch)
     if costs == "barrier":
-        stages = {"barrier": barrier.barrier_cycle(sized, data.load, workers, servers, data.law)}
+        stages = {"barrier": barrier.barrier_cycle(sized, load, workers, servers, data.scenario.law_at(batch))}
     else:
-        stages = stage_rows(sized, data.load, workers / servers)
+        stages = stage_rows(sized, load, workers / servers)
     cycle, layers = max(stages.values()), sized.layers
     return Shape(
         workers,
@@ -217,7 +213,7 @@ def _bounds(data: RatioData) -> _Table:
     x, y = (np.array(column, dtype=float) for column in zip(*pairs, strict=True))
     sizes, cycles = [], []
     for batch in data.batches:
-        cycles.append(_cycles(bundle.sized(1, 1, batch), data.load, x / y))
+        cycles.append(_cycles(bundle.sized(1, 1, batch), data.scenario.load_at(batch), x / y))
         sizes.append(np.column_stack([x, y, np.full(len(x), batch)]))
     size, tau = np.concatenate(sizes), np.concatenate(cycles)
     return _Table(

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from llmopt.errors import ScenarioError
+
 Name = Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -31,3 +33,21 @@ class InputModel(BaseModel):
 
     def _key(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in type(self).model_fields)
+
+
+def put(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set the place in a scenario's plain data that `key` names with dots.
+
+    Raises
+    ------
+    ScenarioError
+        If there is no such place.
+    """
+    *path, last = key.split(".")
+    node: Any = data
+    try:
+        for part in path:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        node[int(last) if isinstance(node, list) else last] = value
+    except (ValueError, IndexError, AttributeError, TypeError):
+        raise ScenarioError(f"{key}: no such place in a scenario; write it like pools.0.replicas") from None

@@ -192,14 +192,18 @@ def _check_bundle(plan: Plan, scenario: Scenario) -> None:
     fleet, free = scenario.fleet, ("attention_workers", "ffn_servers", "batch")
     if not isinstance(plan.bundle, Bundle):
         raise PolicyError(f"policy {plan.policy!r}: the plan has no bundle, but the A/F ratio is open; set Plan.bundle")
+    if not all(isinstance(one, tuple) and len(one) == 2 and isinstance(one[0], Bundle) for one in plan.others):
+        raise PolicyError(f"policy {plan.policy!r}: others are not pairs of a bundle and its number; give such pairs")
     for bundle, count in ((plan.bundle, plan.bundles), *plan.others):
         base = scenario.bundle.model_copy(update={key: getattr(bundle, key) for key in free})
         if bundle != base:
             raise PolicyError(
                 f"policy {plan.policy!r}: its bundle differs in more than {', '.join(free)}; keep the rest"
             )
-        if not (isinstance(count, int) and count >= 1):
-            raise PolicyError(f"policy {plan.policy!r}: bundles = {count!r}; give a whole number of at least 1")
+        sizes = {key: getattr(bundle, key) for key in free} | {"bundles": count}
+        for key, value in sizes.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise PolicyError(f"policy {plan.policy!r}: {key} = {value!r}; give a whole number of at least 1")
         if bundle.attention_workers > fleet.most_attention or bundle.ffn_servers > max(fleet.most_ffn, 1):
             raise PolicyError(
                 f"policy {plan.policy!r}: {bundle.attention_workers} workers and {bundle.ffn_servers} servers exceed "

@@ -103,7 +103,8 @@ def ratio_report(scenario: Scenario, bundle: Bundle | None = None, confidence: f
     ScenarioError
         If the A/F ratio is not the open decision, no ratio is best, or `confidence` is not between 0 and 1.
     """
-    load, law, fleet, asked = scenario.run_load, scenario.slot_law, scenario.fleet, bundle or scenario.bundle
+    fleet, asked = scenario.fleet, bundle or scenario.bundle
+    load, law = scenario.load_at(asked.batch), scenario.law_at(asked.batch)
     y = asked.ffn_servers
     barrier = best_barrier(asked, load, fleet.most_attention, y, law)
     sized = asked if bundle else asked.sized(barrier)
@@ -179,8 +180,9 @@ def _loss(bundle: Bundle, load: SlotLoad, ratio: float, best: float) -> float:
 
 
 def _sentences(report: RatioReport, scenario: Scenario) -> Iterator[str]:
-    yield _of_optimum(report, scenario.run_load, scenario.slot_law)
-    yield _of_interval(report, scenario.run_load)
+    load = scenario.load_at(report.bundle.batch)
+    yield _of_optimum(report, load, scenario.law_at(report.bundle.batch))
+    yield _of_interval(report, load)
     yield _of_published(report)
     yield from _of_overlap(report)
     if scenario.evaluation.start == "cold":
@@ -222,7 +224,8 @@ def _of_published(report: RatioReport) -> str:
     rule = f"The published rule max{{r_A, r_C, r_peak}} = {report.published.ratio:.2f}"
     if loss <= FAILS and not _hardly_hides(bundle):
         return f"{rule} loses {loss:.2%} in the mean field here."
-    return f"{rule} {'; it '.join(_assumptions(bundle))}; the optimum is {best:.2f}, and the rule loses {loss:.1%}."
+    why = "; it ".join(_assumptions(bundle))
+    return f"{rule} {why}; the optimum is {best:.2f}, and the rule loses {loss:.1%} in the mean field."
 
 
 def _hardly_hides(bundle: Bundle) -> bool:

@@ -19,7 +19,7 @@ from llmopt.bundle import OF_POOL, Bundle, Fleet, implied, unfit_for_ratio
 from llmopt.errors import ScenarioError
 from llmopt.explain import explain
 from llmopt.hardware import Piece, StepTime
-from llmopt.model import InputModel, Name
+from llmopt.model import InputModel, Name, put
 from llmopt.predictions import ORACLE, Predictor
 from llmopt.slot_law import SlotLaw, slot_law
 from llmopt.slots import SlotLoad, slot_load
@@ -242,18 +242,33 @@ class Scenario(InputModel):
         return slot_load(workload.classes, workload.rates, self.pools[0].first_step, workload.replay)
 
     @cached_property
-    def slot_law(self) -> SlotLaw:
-        """Exact law of that load, on average over the judged run: of a steady state unless it starts cold."""
-        cold = self.evaluation.start == "cold"
-        steps = ceil(self.evaluation.requests * self.slot_load.mean_decode / self.bundle.batch) if cold else None
-        return slot_law(self.workload.classes, self.workload.rates, self.pools[0].first_step, steps)
+    def _laws(self) -> dict[int | None, SlotLaw]:
+        return {}
 
-    @cached_property
-    def run_load(self) -> SlotLoad:
-        """`slot_load` as the judged run sees it: from a cold start less, on average, than in steady state."""
+    def law_at(self, batch: int) -> SlotLaw:
+        """Exact law of that load over the judged run; from a cold start the larger `batch` is, the shorter that is."""
+        cold = self.evaluation.start == "cold"
+        steps = ceil(self.evaluation.requests * self.slot_load.mean_decode / batch) if cold else None
+        if steps not in self._laws:
+            workload, first_step = self.workload, self.pools[0].first_step
+            self._laws[steps] = slot_law(workload.classes, workload.rates, first_step, steps)
+        return self._laws[steps]
+
+    def load_at(self, batch: int) -> SlotLoad:
+        """`slot_load` as that run sees it: from a cold start less, on average, than in steady state."""
         if self.evaluation.start == "stationary":
             return self.slot_load
-        return replace(self.slot_load, theta=self.slot_law.mean, variance=self.slot_law.variance)
+        return replace(self.slot_load, theta=self.law_at(batch).mean, variance=self.law_at(batch).variance)
+
+    @property
+    def slot_law(self) -> SlotLaw:
+        """`law_at` the bundle's own batch."""
+        return self.law_at(self.bundle.batch)
+
+    @property
+    def run_load(self) -> SlotLoad:
+        """`load_at` the bundle's own batch."""
+        return self.load_at(self.bundle.batch)
 
     @cached_property
     def allowed(self) -> tuple[tuple[bool, ...], ...]:
@@ -296,9 +311,10 @@ class Scenario(InputModel):
         """
         data = self._raw()
         for key, value in updates.items():
-            _put(data, key, value)
+            put(data, key, value)
         rate = data["workload"].get("rate")
-        if self.workload.replay is not None and "evaluation.horizon" not in updates and _is_positive(rate):
+        scaled = isinstance(rate, int | float) and rate > 0 and "evaluation.horizon" not in updates
+        if self.workload.replay is not None and scaled:
             data["evaluation"]["horizon"] *= self.workload.total_rate / rate
         return Scenario.checked(data, f"scenario {self.name!r} changed by {', '.join(updates)}")
 
@@ -331,18 +347,3 @@ def _check_ratio_question(scenario: Scenario) -> None:
     unfit = unfit_for_ratio(scenario.bundle, scenario.fleet, scenario.slot_load.theta)
     if unfit:
         raise ValueError(unfit)
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and value > 0
-
-
-def _put(data: dict[str, Any], key: str, value: Any) -> None:
-    *path, last = key.split(".")
-    node: Any = data
-    try:
-        for part in path:
-            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
-        node[int(last) if isinstance(node, list) else last] = value
-    except (ValueError, IndexError, AttributeError, TypeError):
-        raise ScenarioError(f"{key}: no such place in a scenario; write it like pools.0.replicas") from None

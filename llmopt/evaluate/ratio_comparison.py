@@ -194,7 +194,7 @@ class RatioComparison(Written):
     def regime(self, outcome: RatioOutcome) -> str:
         """The stage that binds at the outcome's ratio, in the mean field."""
         bundle = outcome.bundle
-        return "" if bundle is None else regime(bundle, self.scenario.run_load, bundle.ratio)
+        return "" if bundle is None else regime(bundle, self.scenario.load_at(bundle.batch), bundle.ratio)
 
     def _row(self, outcome: RatioOutcome) -> dict[str, Any]:
         bundle, plan = outcome.bundle, outcome.plan
