@@ -129,7 +129,10 @@ def test_two_micro_batches_without_blocking_are_named_as_the_case_where_the_rule
     report = ratio_report(scenario)
     text = published_sentence(report)
     assert "max{r_A, r_C, r_peak} = 9.55 assumes that a cycle lasts max{A, C, F}" in text
-    assert "communication is hidden only if |A - F| >= 2 C; the optimum is 7.14, and the rule loses 4.8% in the mean" in text
+    assert (
+        "communication is hidden only if |A - F| >= 2 C; the optimum is 7.14, and the rule loses 4.8% in the mean"
+        in text
+    )
     made = [r / ((r + 1) * cycle(scenario.bundle, scenario.slot_load, r)) for r in (9.5546687, report.optimum.ratio)]
     assert report.published_loss == pytest.approx(1 - made[0] / made[1], rel=1e-6)
     assert not any("ideal pipeline" in s for s in report.sentences)
