@@ -443,3 +443,15 @@ def test_a_measured_ffn_table_is_used_as_it_is() -> None:
     for mine, other in pairs:
         ask, limits = demand(known), np.array([0.08, inf])
         assert costs(mine, ask, limits) == pytest.approx(costs(other, ask, limits), rel=2e-3)
+
+
+def test_groups_with_a_measured_table_are_simulated_by_it_and_not_by_its_hull() -> None:
+    """Experts that few tokens visit make a concave table, whose convex hull is a quarter of it at 40 tokens."""
+    table = {"tokens": [1, 10, 50, 100, 200, 1000, 10_000], "seconds": [7e-5, 3e-4, 6.5e-4, 8e-4, 1e-3, 1.4e-3, 7e-3]}
+    compared = compare_ways(ask_for(ffn=[], ffn_table=table))
+    assert compared is not None
+    colocated, pd, _ = compared.served
+    assert pd.bundle is not None and pd.bundle.table_hull[0].base < 1e-4
+    checked = check_ways(compared, 3).checks
+    assert checked[0].per_device == pytest.approx(colocated.per_device, rel=0.06)
+    assert checked[1].per_device == pytest.approx(pd.per_device, rel=0.015)
