@@ -13,8 +13,9 @@ y w_F units of weight (devices, or USD/hour), the weight-seconds of one output t
 
     L tau (x w_A + y w_F) / (x B) + (prefill weight-seconds of a request) / E[D],
 
-and the way with the least of them wins. Every one is non-increasing in b or B for concave work per batch, so that
-either memory or T binds. When AFD wins: `afd_wins` and docs/afd_ways.md.
+and the way with the least of them wins. Every one is non-increasing in b or B for max-affine stages, so that either
+memory or T binds; times in a measured table may leap, so that smaller batches are tried too. When AFD wins:
+docs/afd_ways.md.
 """
 
 from __future__ import annotations
@@ -293,8 +294,9 @@ def _costs_of(engine: Engine, ask: Demand, x: int, y: int, limits: Floats) -> Fl
     layers = engine.bundle.layers
     allowed = limits / (engine.bundle.micro_batches * layers)
     largest = np.interp(allowed, cycle, batch, left=nan)
-    tokens = x * largest / (layers * np.minimum(allowed, cycle[-1]))
-    return np.asarray(engine.cost(ask, x, y, tokens))
+    each = largest / np.minimum(allowed, cycle[-1])
+    smaller = np.maximum.accumulate(batch / cycle)[np.searchsorted(cycle, allowed, side="right") - 1]
+    return np.asarray(engine.cost(ask, x, y, x * np.maximum(each, smaller) / layers))
 
 
 def _curve(engine: Engine, ask: Demand, x: int, y: int) -> tuple[Floats, Floats]:
@@ -317,7 +319,7 @@ def best_shape(engine: Engine, ask: Demand, limit: float = inf) -> tuple[Bundle,
 
 
 def candidates(engine: Engine, ask: Demand, limit: float) -> Iterator[tuple[Bundle, float]]:
-    """Every shape at its largest whole batch under a TPOT limit (s), and its cycle in s; small ones first."""
+    """Every shape at its best whole batch under a TPOT limit (s), and its cycle in s; small ones first."""
     for one in engine.variants:
         for x, y in one.shapes:
             batch, cycle = whole_batch(one, ask, x, y, limit)
@@ -331,7 +333,7 @@ def tokens_of(bundle: Bundle, cycle: float) -> float:
 
 
 def whole_batch(engine: Engine, ask: Demand, x: int, y: int, limit: float) -> tuple[int, float]:
-    """The largest whole B that memory and the limit allow, and its cycle (s); (0, inf) if none is."""
+    """The best whole B that memory and the limit allow, and its cycle (s); (0, inf) if none is."""
     most = int(most_batch(engine, ask) + 1e-9)
     rounds = engine.bundle.micro_batches * engine.bundle.layers
 
@@ -342,4 +344,7 @@ def whole_batch(engine: Engine, ask: Demand, x: int, y: int, limit: float) -> tu
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if cycle(middle) * rounds <= limit else (low, middle - 1)
+    if low and engine.bundle.ffn_table is not None:
+        sizes = np.arange(1.0, low + 1)
+        low = int(sizes[(cycles(engine, ask, x, y, sizes) / sizes).argmin()])
     return (low, cycle(low)) if low else (0, inf)

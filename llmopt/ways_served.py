@@ -22,7 +22,7 @@ import numpy as np
 
 from llmopt.bundle import Bundle
 from llmopt.ratio import regime
-from llmopt.ways import Demand, Engine, best_shape, busy, candidates, most_batch, tokens_of
+from llmopt.ways import Demand, Engine, best_shape, busy, candidates, cycles, most_batch, tokens_of
 
 
 @dataclass(frozen=True)
@@ -94,21 +94,29 @@ def serve(engine: Engine, ask: Demand, limit: float = inf) -> Served:
     if chosen is None:
         return Served(engine.way, limit=_why(engine, ask))
     bundle, cycle = chosen
-    x, y, batch = bundle.attention_workers, bundle.ffn_servers, bundle.batch
+    x, y = bundle.attention_workers, bundle.ffn_servers
     tokens = tokens_of(bundle, cycle)
-    room = most_batch(replace(engine, bundle=bundle), ask)
     return Served(
         way=engine.way,
         bundle=bundle,
         tokens=tokens,
         tpot=bundle.micro_batches * bundle.layers * cycle,
-        limit="KV memory" if batch + 1 > room else "TPOT limit",
+        limit=_binds(replace(engine, bundle=bundle), ask, limit),
         regime=regime(bundle, ask.load, x / y) if engine.way == "AFD" else "in turn",
         prefill=tokens / ask.decode * engine.prefill,
         devices=tokens * float(engine.cost(ask, x, y, tokens, engine.devices)),
         dollars=tokens * float(engine.cost(ask, x, y, tokens, engine.dollars)),
         spent=_spent(engine, ask, bundle, cycle),
     )
+
+
+def _binds(engine: Engine, ask: Demand, limit: float) -> str:
+    """Why the engine's bundle has no larger batch."""
+    bundle, more = engine.bundle, engine.bundle.batch + 1
+    if more > most_batch(engine, ask):
+        return "KV memory"
+    cycle = cycles(engine, ask, bundle.attention_workers, bundle.ffn_servers, np.array([float(more)]))[0]
+    return "TPOT limit" if cycle * bundle.micro_batches * bundle.layers > limit else "FFN times"
 
 
 def _why(engine: Engine, ask: Demand) -> str:

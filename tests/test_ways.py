@@ -455,3 +455,18 @@ def test_groups_with_a_measured_table_are_simulated_by_it_and_not_by_its_hull() 
     checked = check_ways(compared, 3).checks
     assert checked[0].per_device == pytest.approx(colocated.per_device, rel=0.06)
     assert checked[1].per_device == pytest.approx(pd.per_device, rel=0.015)
+
+
+def test_no_looser_limit_makes_less_where_a_measured_table_leaps() -> None:
+    """Between 60 and 61 tokens a step gets half as long again, so that 60 are better than any more that fit."""
+    table = {"tokens": [1, 60, 61, 1000], "seconds": [9e-4, 1e-3, 1.5e-3, 9e-3]}
+    known = ask_for(ffn=[], ffn_table=table, transfer=[{}])
+    ask, (_, pd, _) = demand(known), three(known)
+    most = int(most_batch(pd, ask))
+    made = [b / cycles(pd, ask, 1, 1, np.array([float(b)]))[0] for b in range(1, most + 1)]
+    chosen = best_shape(pd, ask)
+    assert chosen is not None and chosen[0].batch == int(np.argmax(made)) + 1 == 60 < most
+    assert serve(pd, ask).limit == "FFN times"
+    for engine in three(known):
+        under = costs(engine, ask, np.linspace(0.05, 0.3, 200))
+        assert (np.diff(under[np.isfinite(under)]) <= 1e-12).all()
