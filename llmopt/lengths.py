@@ -31,6 +31,11 @@ class LawBase(InputModel, ABC):
         keep = probs > 0
         return values[keep], probs[keep] / probs[keep].sum()
 
+    @cached_property
+    def cumulative(self) -> Floats:
+        """Probabilities of at most each length of the support, shape (n,)."""
+        return np.cumsum(self.pmf[1])
+
     @abstractmethod
     def masses(self) -> Pmf:
         """Support and unnormalised masses."""
@@ -48,8 +53,8 @@ class LawBase(InputModel, ABC):
 
     def sample(self, u: Floats) -> Ints:
         """Lengths for uniform random numbers `u` of shape (n,), by inversion."""
-        values, probs = self.pmf
-        index = np.searchsorted(np.cumsum(probs), u, side="right")
+        values, _ = self.pmf
+        index = np.searchsorted(self.cumulative, u, side="right")
         return values[np.minimum(index, len(values) - 1)]
 
 
