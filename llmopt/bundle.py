@@ -212,6 +212,18 @@ class Bundle(InputModel):
         tokens = ratio * self.batch
         return self.ffn_table(tokens) if self.ffn_table else StepTime.from_pieces(self.ffn)(decode=tokens)
 
+    def near(self, tokens: float) -> Bundle:
+        """The bundle with the affine FFN time that its measured table has near `tokens` tokens; itself without a table.
+
+        A table's convex hull may be far below it. A base below zero gives way to the line through 0.
+        """
+        if self.ffn_table is None:
+            return self
+        now, less = self.ffn_table(tokens), self.ffn_table(0.999 * tokens)
+        slope = min((now - less) / (0.001 * tokens), now / tokens)
+        piece = Piece(base=max(0.0, now - slope * tokens), decode=slope, prefill=slope)
+        return self.model_copy(update={"ffn": (piece,), "ffn_table": None})
+
     @cached_property
     def lines(self) -> tuple[Line, ...]:
         """The cycle as a maximum of affine functions, by the law of the pipeline.
@@ -243,8 +255,11 @@ class Bundle(InputModel):
     def step_pieces(self) -> tuple[Piece, ...]:
         """The step time of the whole bundle, in which all M micro-batches gain one token: M L cycles.
 
-        A worker's micro-batch has 1/(M x), a server's share 1/(M y) of the bundle's tokens.
+        A worker's micro-batch has 1/(M x), a server's share 1/(M y) of the bundle's tokens. Of a measured FFN table it
+        is the affine piece near full micro-batches: exact there, and too long for fewer tokens where times are concave.
         """
+        if self.ffn_table is not None:
+            return self.near(self.ratio * self.batch).step_pieces()
         x, y, rounds = self.attention_workers, self.ffn_servers, self.micro_batches * self.layers
         found: dict[str, int] = {}
         pieces = []

@@ -93,6 +93,22 @@ def test_always_full_the_simulated_bundle_makes_the_tokens_of_the_cycle(pipeline
     assert run.rate == pytest.approx(always_full(known), rel=0.03)
 
 
+@pytest.mark.parametrize("batch", [2, 6, 20])
+def test_a_pool_with_a_measured_table_has_the_capacity_of_the_table_and_not_of_its_hull(batch: int) -> None:
+    """Concave times of experts, whose hull is a fraction of them."""
+    table = {"tokens": [1, 10, 50, 100, 1000], "seconds": [7e-5, 3e-4, 6.5e-4, 8e-4, 1.4e-3]}
+    known = one(ffn=[], ffn_table=table, batch=batch)
+    bundle, load = known.pools[0].bundle, load_of(known)
+    assert bundle is not None
+    f, hull = (bundle.ffn_time(8), max(p.base + 8 * p.decode for p in bundle.table_hull))
+    assert hull < 0.7 * f
+    capacity = replica_capacity(known.pools[0], known.workload.classes, np.ones(1))
+    assert capacity.rate == pytest.approx(always_full(known), rel=0.01 + 1.2 / load.mean_decode)
+    full = 3 * 8 * batch
+    cycle_s = cycle(bundle, load, bundle.ratio)
+    assert known.pools[0].stepper(decode=full, kv=full * load.theta) == pytest.approx(3 * 4 * cycle_s)
+
+
 def test_replicas_and_shape_of_a_bundle_become_those_of_its_pool() -> None:
     priced = {"attention_price": 2.0, "ffn_price": 5.0, "ffn_servers": 2}
     made = scenario([bundle_pool(**priced)], [request_class()]).pools[0]

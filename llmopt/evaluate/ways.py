@@ -17,7 +17,6 @@ from llmopt.evaluate.bundle_load import load_series
 from llmopt.evaluate.bundle_run import play_bundle
 from llmopt.evaluate.margin import long_run
 from llmopt.evaluate.saturate import SaturatedRun, saturated_throughput
-from llmopt.hardware import Piece
 from llmopt.scenario import Pool, Scenario
 from llmopt.ways import serial
 from llmopt.ways_report import Check, WaysComparison, compare_ways, missing
@@ -86,7 +85,7 @@ def _group(ways: WaysComparison, bundle: Bundle, mixed: bool) -> Pool:
             "prompts": "here" if mixed else "elsewhere",
         }
     )
-    of = near(of, x * (bundle.batch + (prompts if mixed else 0.0)))
+    of = of.near(x * (bundle.batch + (prompts if mixed else 0.0)))  # pools step by max-affine times
     budget = {"token_budget": x * (batch + chunk)} if mixed else {}
     return _pool(ways.scenario, of, **budget)
 
@@ -95,24 +94,11 @@ def prefill_seconds(ways: WaysComparison, seed: int = 1) -> float:
     """Simulated seconds of one worker's devices of a prefill group per request: prompts only, one-token outputs."""
     group = serial(ways.scenario.bundle).model_copy(update={"prompts": "here"})
     x = group.attention_workers
-    group = near(group, x * BUDGET)
+    group = group.near(x * BUDGET)
     pool = _pool(ways.scenario, group, token_budget=x * BUDGET, first_token="prefill")
     run = long_run(ways.scenario, seed, 20_000)
     done = saturated_throughput(pool, run.prompt, np.ones_like(run.output))
     return x / done.rate
-
-
-def near(bundle: Bundle, tokens: float) -> Bundle:
-    """The bundle with the affine FFN time that its measured table has near `tokens` tokens; itself without a table.
-
-    Steps of pools are max-affine, and a table's convex hull may be far below the table.
-    """
-    if bundle.ffn_table is None:
-        return bundle
-    now, more = bundle.ffn_table(tokens), bundle.ffn_table(1.001 * tokens)
-    slope = min((more - now) / (0.001 * tokens), now / tokens)
-    piece = Piece(base=max(0.0, now - slope * tokens), decode=slope, prefill=slope)
-    return bundle.model_copy(update={"ffn": (piece,), "ffn_table": None})
 
 
 def _pool(scenario: Scenario, bundle: Bundle, **settings: object) -> Pool:
