@@ -1,7 +1,7 @@
 """What theory says of a bundle's A/F ratio: optimum, interval, regime, throughput, what other ratios lose, and why.
 
 A, C and F are the times of Attention, one hop and the FFN in one layer. Whatever is said of the barrier takes the exact
-law of the loads (`llmopt.slot_law`), workers independent.
+law of the loads (`llmopt.slot_law`), workers independent; of a cold start, in which loads grow together, the mean law.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from llmopt.scenario import Scenario
 from llmopt.slot_law import SlotLaw
 from llmopt.slots import SlotLoad
 
+EXACT = "exact law of the loads"
 FAILS = 0.01
 """Loss of throughput above which the published rule is said to fail."""
 
@@ -181,7 +182,8 @@ def _loss(bundle: Bundle, load: SlotLoad, ratio: float, best: float) -> float:
 
 def _sentences(report: RatioReport, scenario: Scenario) -> Iterator[str]:
     load = scenario.load_at(report.bundle.batch)
-    yield _of_optimum(report, load, scenario.law_at(report.bundle.batch))
+    how = "law of the loads averaged over a cold run" if scenario.evaluation.start == "cold" else EXACT
+    yield _of_optimum(report, load, scenario.law_at(report.bundle.batch), how)
     yield _of_interval(report, load)
     yield _of_published(report)
     yield from _of_overlap(report)
@@ -194,15 +196,15 @@ def _sentences(report: RatioReport, scenario: Scenario) -> Iterator[str]:
     yield _of_memory(report, scenario.fleet.kv_sigmas)
 
 
-def _of_optimum(report: RatioReport, load: SlotLoad, law: SlotLaw) -> str:
+def _of_optimum(report: RatioReport, load: SlotLoad, law: SlotLaw, how: str) -> str:
     """Regime, stage times and the step from the mean field to the barrier."""
     bundle, best = report.bundle, report.optimum
     a, c, f = (1e6 * t for t in stage_times(bundle, load, best.ratio))
-    y, fullest = bundle.ffn_servers, imbalance(bundle, load, report.barrier, law)
+    y, fullest = bundle.ffn_servers, max(0.0, imbalance(bundle, load, report.barrier, law))
     return (
         f"In the mean field {best.ratio:.2f} Attention workers per FFN server are best, where the bundle is "
         f"{best.regime} (A = {a:.1f}, C = {c:.1f}, F = {f:.1f} us in a layer); with the barrier, where the "
-        f"fullest of {report.barrier} workers holds {fullest:.1%} more than the mean (exact law of the loads, workers "
+        f"fullest of {report.barrier} workers holds {fullest:.1%} more than the mean ({how}, workers "
         f"independent), {report.barrier}A-{y}F is best."
     )
 
@@ -221,7 +223,7 @@ def _of_interval(report: RatioReport, load: SlotLoad) -> str:
 def _of_published(report: RatioReport) -> str:
     """Where the published rule holds, or why it does not and what is right."""
     bundle, best, loss = report.bundle, report.optimum.ratio, report.published_loss
-    rule = f"The published rule max{{r_A, r_C, r_peak}} = {report.published.ratio:.2f}"
+    rule = f"The published rule, with theta, max{{r_A, r_C, r_peak}} = {report.published.ratio:.2f}"
     if loss <= FAILS and not _hardly_hides(bundle):
         return f"{rule} loses {loss:.2%} in the mean field here."
     why = "; it ".join(_assumptions(bundle))
@@ -274,6 +276,6 @@ def _of_memory(report: RatioReport, sigmas: float) -> str:
     if report.kv_need > capacity:
         verdict += ", which is too much; lower batch or micro_batches, or raise kv_capacity"
     return (
-        f"A worker holds {report.kv_mean:,.0f} KV tokens on average and {report.kv_need:,.0f} at {sigmas:g} standard "
-        f"deviations more, {verdict}."
+        f"In steady state a worker holds {report.kv_mean:,.0f} KV tokens on average and {report.kv_need:,.0f} at "
+        f"{sigmas:g} standard deviations more, {verdict}."
     )

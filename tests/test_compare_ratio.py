@@ -19,9 +19,10 @@ from llmopt.errors import Infeasible, PolicyError
 from llmopt.evaluate.bundle_run import simulate_bundle
 from llmopt.evaluate.compare import compare
 from llmopt.evaluate.ratio_comparison import RatioComparison
-from llmopt.evaluate.ratio_curve import Curve, published_verdict
+from llmopt.evaluate.ratio_curve import Curve, published_verdict, simulated_optimum
 from llmopt.page import write_report
 from llmopt.reading import load_scenario
+from llmopt.registry import get_policy
 from llmopt.scenario import Scenario
 from llmopt.text_ratio import bar, listed, shown_ratios
 
@@ -223,7 +224,7 @@ def test_two_micro_batches_are_named_as_where_the_published_rule_fails() -> None
     assert 6 <= curve.best <= 8
     said = published_verdict(curve)
     assert said in comparison.sentences
-    found = re.search(r"fails here: .* 9\.55, that is (9|10)A-1F, loses (\d\.\d)%; right is (\d)A-1F", said)
+    found = re.search(r"fails here: .* 9\.55, at best (9|10)A-1F, loses (\d\.\d)%; right is (\d)A-1F", said)
     assert found and 1.5 < float(found[2]) < 6 and int(found[3]) == curve.best
 
 
@@ -241,9 +242,19 @@ def test_plateaus_end_at_the_first_ratio_that_loses_more(small: Path) -> None:
 
 def test_the_published_rule_is_judged_by_its_better_neighbour(small: Path) -> None:
     loss = [0.2, 0.05, 0.03, 0.0, 0.01, 0.02, 0.1, 0.3, 0.4]
-    assert "2.40, that is 3A-1F, loses 3.0%; right is 4A-1F" in published_verdict(curve_of(small, loss))
-    assert "40.00, that is 9A-1F, loses 40.0%" in published_verdict(curve_of(small, loss, 40.0))
-    assert "4.90, that is 4A-1F, loses 0.00%" in published_verdict(curve_of(small, loss, 4.9))
+    assert "2.40, at best 3A-1F, loses 3.0%; right is 4A-1F" in published_verdict(curve_of(small, loss))
+    assert "40.00, at best 9A-1F, loses 40.0%" in published_verdict(curve_of(small, loss, 40.0))
+    assert "4.90, at best 4A-1F, loses 0.00%" in published_verdict(curve_of(small, loss, 4.9))
+
+
+def test_where_lengths_are_not_geometric_the_verdict_is_on_the_ratio_that_the_policy_takes(small: Path) -> None:
+    """Constant lengths: theta is half an output below what means alone tell, and the rule knows means alone."""
+    scenario = load_scenario(small).replace(**{"workload.classes.0.output": {"law": "constant", "value": 40}})
+    comparison = compare(scenario, [get_policy("afd-published")])
+    assert isinstance(comparison, RatioComparison)
+    by_means = ((40e-9 * 32 * (100 + 39) + 50e-6) - 60e-6) / (1e-6 * 32)
+    assert comparison.curves[0].rule == pytest.approx(by_means, rel=1e-9)
+    assert f"{comparison['afd-published'].ratio:.2f}, at best" in published_verdict(comparison.curves[0])
 
 
 def test_long_curves_show_landmarks_and_what_is_wanted() -> None:
@@ -322,6 +333,61 @@ def test_a_bad_bundle_is_refused_in_one_sentence(small: Path, old: str, new: str
     small.write_text(SMALL.replace(old, new, 1))
     for message in (refused("compare", small), refused("plan", small)):
         assert all(word in message for word in ("small.toml", *words)), message
+
+
+def test_a_pool_without_a_bundle_is_told_to_have_one(small: Path) -> None:
+    head, rest = SMALL.split("[[pools]]")
+    tail = rest[rest.index("[evaluation]") :]
+    for pool in ('name = "b"\n', 'name = "b"\ncatalog = "a100-llama31-8b"\n'):
+        small.write_text(f"{head}[[pools]]\n{pool}{tail}")
+        message = refused("plan", small)
+        assert 'is missing; problem = "af-ratio" asks for a bundle: add [pools.bundle]' in message
+
+
+def test_where_both_prices_are_given_tables_show_what_tokens_cost(small: Path) -> None:
+    """A scarce fleet and prices: the plan prints what one more device is worth, figures with units, and USD."""
+    price = "attention_price = 2.0\nffn_price = 30.0\nkv_capacity = 20000"
+    small.write_text(SMALL.replace("kv_capacity = 20000", price, 1))
+    whole = llmopt("plan", small, "--policy", "afd-fleet")
+    assert whole.exit_code == 0 and "USD/M tokens" in whole.stdout and " tokens" in whole.stdout
+    assert re.search(r"cycle \(s in a layer\) .*\n.*tpot \(s\)", whole.stdout)
+    comparison = compare(load_scenario(small), [get_policy("afd-fleet")])
+    assert isinstance(comparison, RatioComparison)
+    curve = comparison.curves[0]
+    assert f"{curve.best}A-1F is best per dollar with" in simulated_optimum(curve)
+    said = llmopt("compare", small, "--policies", "afd-fleet").stdout
+    cost = [float(m[1]) for m in re.finditer(r"^\d+A-1F .*?(\d*\.\d+) +\d+\.\d\d%", said, re.M)]
+    assert len(cost) == curve.workers and cost.index(min(cost)) == curve.best - 1
+
+
+def test_the_plan_of_a_limited_fleet_says_what_one_more_device_is_worth(small: Path) -> None:
+    small.write_text(with_devices(SMALL, 12))
+    said = llmopt("plan", small)
+    assert said.exit_code == 0 and re.search(r"one more +is worth, tokens/s *\naccelerator +[\d,.]+", said.stdout)
+    small.write_text(with_devices(SMALL.replace("layers = 3", "layers = 3\nffn_devices = 4"), 3))
+    message = llmopt("plan", small).output
+    assert "at most fleet.devices = 3 accelerators, but the smallest bundle has 5; raise fleet.devices" in message
+
+
+def test_a_batch_beyond_the_kv_memory_is_refused(small: Path) -> None:
+    comparison = played(small, Sized("full", 4, batch=2000), Sized("good"))
+    assert "batch = 2000 makes a worker hold" in comparison["full"].status
+    assert "more than its kv_capacity = 20000; choose a smaller batch" in comparison["full"].status
+
+
+def test_neighbours_that_lose_more_say_nothing_of_ratios_farther_away(small: Path) -> None:
+    loss = [0.2, 0.05, 0.03, 0.0, 0.05, 0.008, 0.1, 0.3, 0.4]
+    assert "both neighbours lose more than 1%" in simulated_optimum(curve_of(small, loss))
+
+
+def with_devices(text: str, devices: int) -> str:
+    """The scenario with a limited fleet."""
+    limit = f"[fleet]\ndevices = {devices}\n"
+    return (
+        text.replace("[fleet]\n", limit, 1)
+        if "[fleet]" in text
+        else text.replace("[evaluation]", f"{limit}\n[evaluation]", 1)
+    )
 
 
 def test_empty_traces_predictions_and_strange_policies_are_refused(small: Path) -> None:

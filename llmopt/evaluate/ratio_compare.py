@@ -16,6 +16,7 @@ from llmopt.evaluate.ratio_curve import Curve, curve_order
 from llmopt.evaluate.ways import checked_ways
 from llmopt.plan import check_plan
 from llmopt.policy import Policy
+from llmopt.ratio import Published, horizon_load, published
 from llmopt.ratio_report import ratio_report
 from llmopt.scenario import Scenario
 
@@ -89,9 +90,14 @@ class _Game(Jobs):
                     runs.append(play_bundle(base, self.series(base, seed), base.ffn_servers))
             evaluation = self.scenario.evaluation
             report = ratio_report(self.scenario, base, evaluation.confidence)
-            rule = report.horizon if evaluation.start == "cold" else report.published
+            rule = report.horizon if evaluation.start == "cold" else self.endless(base)
             self.curves[key] = Curve(base, tuple(runs), report, rule.ratio, evaluation.confidence)
         return self.curves[key]
+
+    def endless(self, bundle: Bundle) -> Published:
+        """The published rule for an endless run, which knows lengths by their means alone."""
+        load = self.scenario.slot_load
+        return published(bundle, horizon_load(load.mean_prompt, load.mean_decode, bundle.batch, None))
 
     def series(self, bundle: Bundle, seed: int) -> Floats:
         """The loads of the most workers at the bundle's B, drawn when first asked for."""

@@ -28,7 +28,7 @@ class Curve:
     """Every number of Attention workers x = 1..W at one micro-batch size B and one number of FFN servers y.
 
     bundle: with that B and y; runs: one simulation per seed; report: the theory, for the same x; rule: the published
-    ratio, with the load of the run's start.
+    ratio as `afd-published` has it, by mean lengths, over the run if that starts cold.
     """
 
     bundle: Bundle
@@ -135,8 +135,11 @@ def simulated_optimum(curve: Curve) -> str:
     """The best simulated ratio and its plateau as a sentence."""
     y, (first, last) = curve.bundle.ffn_servers, curve.plateau
     best = curve.at(curve.best, "throughput").mean
-    flat = f"{first}A to {last}A lose at most {NEAR:.0%}" if last > first else f"no other loses less than {NEAR:.0%}"
-    return f"Simulated, {curve.best}A-{y}F is best with {best:,.0f} tokens/s per instance; {flat}."
+    flat = (
+        f"{first}A to {last}A lose at most {NEAR:.0%}" if last > first else f"both neighbours lose more than {NEAR:.0%}"
+    )
+    per = "" if curve.bundle.weights == (1.0, 1.0) else " per dollar"
+    return f"Simulated, {curve.best}A-{y}F is best{per} with {best:,.0f} tokens/s per instance; {flat}."
 
 
 def published_verdict(curve: Curve) -> str:
@@ -146,8 +149,8 @@ def published_verdict(curve: Curve) -> str:
     x = min(sorted(beside), key=lambda one: curve.loss[one - 1])
     lost = float(curve.loss[x - 1])
     if lost <= NEAR:
-        return f"Simulated, the published rule's {rule:.2f}, that is {x}A-{y}F, loses {lost:.2%}."
+        return f"Simulated, the published rule's {rule:.2f}, at best {x}A-{y}F, loses {lost:.2%}."
     return (
-        f"The published rule fails here: simulated, its {rule:.2f}, that is {x}A-{y}F, loses {lost:.1%}; right is "
+        f"The published rule fails here: simulated, its {rule:.2f}, at best {x}A-{y}F, loses {lost:.1%}; right is "
         f"{curve.best}A-{y}F."
     )
