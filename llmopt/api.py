@@ -136,7 +136,9 @@ def _with_bundle(scenario: Scenario, policy: str | Policy) -> Scenario:
     assert answer.bundle is not None
     sizes = {key: getattr(answer.bundle, key) for key in ("attention_workers", "ffn_servers", "batch")}
     load, x = scenario.slot_load, answer.bundle.attention_workers
-    sizes["imbalance"] = answer.bundle.imbalance or imbalance(answer.bundle, load, x, scenario.slot_law)
+    # A pool runs on, however the bundles of the ratio's question start.
+    law = scenario.replace(**{"evaluation.start": "stationary"}).slot_law
+    sizes["imbalance"] = answer.bundle.imbalance or imbalance(answer.bundle, load, x, law)
     bundle = {f"pools.0.bundle.{key}": value for key, value in sizes.items()}
     return scenario.replace(**bundle, **{"pools.0.replicas": answer.bundles}, problem="routing")
 

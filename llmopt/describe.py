@@ -53,12 +53,13 @@ def _bundles_data(plan: Plan, scenario: Scenario) -> dict[str, Any]:
     assert plan.bundle is not None
     theory = theory_data(ratio_report(scenario, plan.bundle, scenario.evaluation.confidence))
     del theory["bundle"]
+    load = scenario.load_at(plan.bundle.batch)
     return {
         "bundle": plan.bundle.model_dump(mode="json"),
         "bundles": plan.bundles,
         "others": [{"bundle": one.model_dump(mode="json"), "bundles": count} for one, count in plan.others],
-        "load": scenario.run_load,
-        "regime": regime(plan.bundle, scenario.run_load, plan.bundle.ratio),
+        "load": load,
+        "regime": regime(plan.bundle, load, plan.bundle.ratio),
         "theory": theory,
     }
 

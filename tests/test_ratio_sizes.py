@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from formulations.af_ratio import FleetRatio
+from llmopt import api
 from llmopt.errors import PolicyError
 from llmopt.evaluate.bundle_run import simulate_bundle
 from llmopt.plan import Plan, check_plan
@@ -61,6 +63,14 @@ def test_another_batch_from_a_cold_start_is_predicted_as_it_is_simulated() -> No
     other = question.bundle.sized(2, 1, 512)
     simulated = simulate_bundle(question, 1, bundle=other).throughput[1]
     assert ratio_report(question, other).throughput == pytest.approx(simulated, rel=0.03)
+
+
+def test_a_pool_runs_on_however_the_bundle_of_the_question_starts() -> None:
+    short = cold(256, requests=20)
+    ongoing = short.replace(**{"evaluation.start": "stationary"})
+    three = SimpleNamespace(name="three", plan=lambda s: Plan("three", bundle=s.bundle.sized(3)))
+    loads = [api.stability(question, three).pools[0].load for question in (short, ongoing)]
+    assert loads[0] == loads[1]
 
 
 @pytest.mark.parametrize(
