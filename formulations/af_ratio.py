@@ -136,7 +136,7 @@ class FleetRatio:
         m.n = pyo.Var(list(known), domain=pyo.NonNegativeIntegers, doc="bundles of this shape")
         m.z = pyo.Var(list(known), domain=pyo.Binary, doc="whether there are bundles of this shape")
         m.output = pyo.Objective(expr=pyo.quicksum(gain[c] / m.scale * m.n[c] for c in known), sense=pyo.maximize)
-        m.some = pyo.Constraint(expr=pyo.quicksum(m.n.values()) >= 1, doc="there is a bundle")
+        m.some = pyo.Constraint(expr=pyo.quicksum(m.n.values()) >= 1, doc="there is at least one bundle")
         m.used = pyo.Constraint(list(known), rule=lambda m, c: m.n[c] <= most[c] * m.z[c])
         m.kinds = pyo.Constraint(
             expr=pyo.quicksum(m.z.values()) <= self.kinds, doc=f"at most {self.kinds} shapes beside each other"
@@ -217,7 +217,8 @@ def _devices(number: Any, known: Mapping[str, Shape], limit: int) -> Any:
     least = min(s.devices for s in known.values())
     return pyo.Constraint(
         expr=pyo.quicksum(s.devices * number[c] for c, s in known.items()) <= limit,
-        doc=f"all bundles have fleet.devices = {limit} accelerators at most, and the smallest bundle has {least}",
+        doc=f"all bundles have at most fleet.devices = {limit} accelerators, but the smallest bundle has {least}; "
+        "raise fleet.devices",
     )
 
 
@@ -249,8 +250,8 @@ def _kv_sentence(known: Mapping[str, Shape], data: RatioData) -> str:
 def _tpot_sentence(known: Mapping[str, Shape], data: RatioData) -> str:
     least = min(s.tpot for s in known.values())
     return (
-        f"a token takes the tpot = {data.tpot:g} s of class {data.strictest!r} at most, but {least:.4g} s in the "
-        "fastest bundle; raise tpot or lower batch"
+        f"a token must take at most the tpot = {data.tpot:g} s of class {data.strictest!r}, but takes {least:.4g} s in "
+        "the fastest bundle; raise tpot, or lower batch or micro_batches"
     )
 
 

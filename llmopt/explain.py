@@ -17,6 +17,7 @@ _BOUNDS = {
     "less_than": ("lt", "must be below"),
     "less_than_equal": ("le", "must be at most"),
 }
+_BUNDLE = 'problem = "af-ratio" asks for a bundle: add [pools.bundle], or catalog = "afd-...", which has one'
 _KINDS = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -101,7 +102,7 @@ def _what(error: Any, data: Any, model: type[BaseModel]) -> str:
     if kind == "extra_forbidden":
         return _unknown_key(str(error["loc"][-1]), error["loc"][:-1], model)
     if kind == "missing":
-        return "is missing; add it"
+        return "is missing; " + ("add it" if not _wants_bundle(error["loc"], data) else _BUNDLE)
     if kind in _BOUNDS:
         bound, words = _BOUNDS[kind]
         return f"= {given!r} {words} {context[bound]:g}{_unit_hint(error['loc'], kind)}"
@@ -134,6 +135,12 @@ def _short(given: Any) -> str:
     text = repr(given)
     text = {"True": "true", "False": "false"}.get(text, text)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _wants_bundle(loc: Location, data: Any) -> bool:
+    """Whether a key of a pool is missing that a bundle would give, and the problem asks for one."""
+    asked = isinstance(data, Mapping) and data.get("problem") == "af-ratio" and len(loc) == 3 and loc[0] == "pools"
+    return asked and "bundle" not in (_child(data["pools"], loc[1]) or ())
 
 
 def _unit_hint(loc: Location, kind: str) -> str:

@@ -188,10 +188,13 @@ def check_plan(plan: Plan, scenario: Scenario) -> Plan:
 
 
 def _check_bundle(plan: Plan, scenario: Scenario) -> None:
-    """Refuse a plan without a bundle, and one that changes more of it than its size, or exceeds the fleet."""
+    """Refuse a plan without a bundle, one that changes more of it than its size, or exceeds the fleet or its memory."""
     fleet, free = scenario.fleet, ("attention_workers", "ffn_servers", "batch")
     if not isinstance(plan.bundle, Bundle):
-        raise PolicyError(f"policy {plan.policy!r}: the plan has no bundle, but the A/F ratio is open; set Plan.bundle")
+        raise PolicyError(
+            f"policy {plan.policy!r}: the plan has no bundle, but the A/F ratio is open; take an af-ratio policy of "
+            "`llmopt list`, or set Plan.bundle in your own"
+        )
     if not all(isinstance(one, tuple) and len(one) == 2 and isinstance(one[0], Bundle) for one in plan.others):
         raise PolicyError(f"policy {plan.policy!r}: others are not pairs of a bundle and its number; give such pairs")
     for bundle, count in ((plan.bundle, plan.bundles), *plan.others):
@@ -208,6 +211,12 @@ def _check_bundle(plan: Plan, scenario: Scenario) -> None:
             raise PolicyError(
                 f"policy {plan.policy!r}: {bundle.attention_workers} workers and {bundle.ffn_servers} servers exceed "
                 f"the fleet's most_attention = {fleet.most_attention} or most_ffn = {fleet.most_ffn}; choose fewer"
+            )
+        held = bundle.micro_batches * bundle.batch * scenario.slot_load.theta
+        if held > bundle.kv_capacity:
+            raise PolicyError(
+                f"policy {plan.policy!r}: batch = {bundle.batch} makes a worker hold {held:.0f} KV tokens on average, "
+                f"more than its kv_capacity = {bundle.kv_capacity}; choose a smaller batch"
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -14,7 +14,7 @@ from llmopt.batcher import FIFO
 from llmopt.plan import STATE_FEATURES, Plan, Router
 from llmopt.scenario import Scenario
 from llmopt.tables import counted, duration, grid, number, pairs
-from llmopt.text_ratio import ratio_comparison_view, ratio_plan_view
+from llmopt.text_ratio import named_figures, ratio_comparison_view, ratio_plan_view
 
 if TYPE_CHECKING:
     from llmopt.assess import StabilityReport
@@ -194,7 +194,7 @@ def plan_view(plan: Plan, scenario: Scenario) -> Iterator[RenderableType]:
         yield _proof_view(plan)
     simple = {key: value for key, value in plan.figures.items() if isinstance(value, int | float)}
     if simple:
-        yield pairs("figure", "value", simple)
+        yield pairs("figure", "value", named_figures(simple, plan) if scenario.problem == "af-ratio" else simple)
     if "note" in plan.figures:
         yield Text(str(plan.figures["note"]))
     by_pool = {key: plan.figures[key] for key in ("load", "replicas_used") if plan.figures.get(key)}
@@ -246,8 +246,10 @@ def _proof_view(plan: Plan) -> Table:
     return pairs("proof", "", facts)
 
 
-def prices_view(prices: Mapping[str, Mapping[str, float]], unit: str) -> Table:
-    """What one more unit of each resource of each pool is worth; a column without any price is left out."""
+def prices_view(prices: Mapping[str, Any], unit: str) -> Table:
+    """What one more unit of each resource is worth, of each pool or of all; a column without any price is left out."""
+    if not any(isinstance(row, Mapping) for row in prices.values()):
+        return pairs("one more", f"is worth, {unit}", dict(prices))
     kinds = [kind for kind in next(iter(prices.values())) if any(row[kind] for row in prices.values())]
     table = grid(f"price in {unit} of one more", right=[kind.replace("_", " ") for kind in kinds])
     for pool, row in prices.items():

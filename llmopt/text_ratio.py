@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
@@ -29,6 +29,8 @@ NEAR = 0.01
 """Loss up to which a ratio is shown as near the best."""
 MOST_LINES = 14
 """Ratios shown of a curve, at most about."""
+PRICE = "USD/M tokens"
+"""Column of what tokens cost, where losses are per dollar."""
 LANDMARKS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Ratios that a long curve shows whatever happens; the published simulation's among them."""
 NOTES = (
@@ -182,8 +184,9 @@ def curve_table(curve: Curve, outcomes: Sequence[RatioOutcome]) -> Table:
     wanted = [first, curve.best, last, *(x for x, names in chosen.items() if names)]
     worth = 1 - curve.loss
     mean_field, barrier = curve.theory()
-    right = ["tokens/s per instance", "predicted", "mean field", "loss", "idle A", "idle F"]
-    table = grid("bundle", right=right)
+    priced = curve.bundle.weights != (1.0, 1.0)
+    right = ["tokens/s per instance", "predicted", "mean field", *([PRICE] if priced else [])]
+    table = grid("bundle", right=[*right, "loss", "idle A", "idle F"])
     table.add_column("")
     table.add_column("chosen by")
     y = curve.bundle.ffn_servers
@@ -191,11 +194,19 @@ def curve_table(curve: Curve, outcomes: Sequence[RatioOutcome]) -> Table:
         k = x - 1
         idle = [share(curve.at(x, key).mean) for key in ("idle_attention", "idle_ffn")]
         theory = [number(barrier[k], 4), number(mean_field[k], 4)]
-        said = [plus_minus(curve.at(x, "throughput")), *theory, share(curve.loss[k], 2), *idle]
+        throughput = curve.at(x, "throughput")
+        cost = [dollars(curve.bundle.sized(x, y), throughput.mean)] if priced else []
+        said = [plus_minus(throughput), *theory, *cost, share(curve.loss[k], 2), *idle]
         style = "bold green" if x == curve.best else "green" if first <= x <= last else ""
         mark = Text(bar(worth[k]) + (" optimum" if x == curve.best else ""), style=style)
         table.add_row(f"{x}A-{y}F", *said, mark, Text(listed(chosen[x]), style=style))
     return table
+
+
+def dollars(bundle: Bundle, per_instance: float) -> str:
+    """USD for a million tokens at so many tokens/s per instance."""
+    instances = bundle.attention_workers + bundle.ffn_servers
+    return number(1e6 * bundle.price / 3600 / (per_instance * instances), 4)
 
 
 def bar(part: float, width: int = BAR) -> str:
@@ -246,21 +257,30 @@ def _facts(plan: Plan, scenario: Scenario, report: RatioReport) -> dict[str, str
         "TPOT": f"{number(1e3 * report.tpot)} ms",
     }
     if report.per_dollar == report.per_dollar and report.per_dollar:
-        facts["per dollar"] = f"{number(report.per_dollar, 4)}"
+        facts["per dollar"] = f"{number(report.per_dollar, 4)} tokens"
     return facts
+
+
+def named_figures(figures: Mapping[str, float], plan: Plan) -> dict[str, float]:
+    """The figures of a plan with units to their names."""
+    units = {"cycle": "s in a layer", "tpot": "s", "tokens": "tokens/s in all", "devices": "accelerators in all"}
+    units["cost"] = str(plan.figures.get("cost_unit", ""))
+    return {f"{key} ({units[key]})" if units.get(key) else key: value for key, value in figures.items()}
 
 
 def theory_table(bundle: Bundle, report: RatioReport) -> Table:
     """As `curve_table`, by theory alone: the optimum and the plan's own ratio are marked."""
     best, own = min(report.curve, key=lambda point: point.loss).workers, bundle.attention_workers
     shown = shown_ratios(report.curve[-1].workers, [best, own, best - 1, best + 1])
-    table = grid("bundle", right=["tokens/s per instance", "mean field", "loss"])
+    priced, y = bundle.weights != (1.0, 1.0), bundle.ffn_servers
+    table = grid("bundle", right=["tokens/s per instance", "mean field", *([PRICE] if priced else []), "loss"])
     table.add_column("")
     for x, mean_field, barrier, loss in (point for point in report.curve if point.workers in shown):
         words = [" optimum"] * (x == best) + [" this plan"] * (x == own)
         style = "bold green" if x == best else "green" if loss <= NEAR else ""
         mark = Text(bar(1 - loss) + ",".join(words), style=style)
-        table.add_row(f"{x}A-{bundle.ffn_servers}F", number(barrier, 4), number(mean_field, 4), share(loss, 2), mark)
+        cost = [dollars(bundle.sized(x, y), barrier)] if priced else []
+        table.add_row(f"{x}A-{y}F", number(barrier, 4), number(mean_field, 4), *cost, share(loss, 2), mark)
     return table
 
 

@@ -356,7 +356,7 @@ def test_the_strictest_tpot_decides_ratio_and_batch() -> None:
 
 IMPOSSIBLE = {
     "kv_capacity": ({"kv_capacity": 33_000, "fleet": {"kv_sigmas": 8.0}}, "fit into kv_capacity = 33000, but are 3"),
-    "tpot": ({"tpot": 1e-4}, "tpot = 0.0001 s of class 'r' at most, but 0.00024"),
+    "tpot": ({"tpot": 1e-4}, "tpot = 0.0001 s of class 'r', but takes 0.00024"),
     "devices": ({"fleet": {"devices": 9}, "attention_devices": 4, "ffn_devices": 6}, "devices = 9 .* bundle has 10"),
 }
 
