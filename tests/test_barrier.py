@@ -188,7 +188,7 @@ CASES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(CASES, st.floats(10.0, 3000.0), st.floats(0.0, 2.0), st.integers(1, 60))
 def test_waiting_costs_time_and_more_workers_wait_longer(
     case: dict[str, Any], theta: float, spread: float, workers: int
@@ -211,7 +211,7 @@ def test_best_numbers_of_workers_as_noted_for_steady_state(batch: int, prompt: i
     assert best_barrier(bundle_of(batch=batch), geometric(prompt, output), 32) == noted
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(CASES, st.floats(10.0, 3000.0), st.integers(1, 3), st.integers(1, 24))
 def test_the_best_number_is_the_best_of_all(case: dict[str, Any], theta: float, servers: int, most: int) -> None:
     bundle, load = bundle_of(**case), SlotLoad(theta, theta**2, 100.0, 100.0)
@@ -310,7 +310,7 @@ def test_heavy_tails_are_met_where_normal_loads_are_too_short() -> None:
     assert barrier_cycle(bundle, load_of(law), 16) < cycles.mean() - 20 * error
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(CASES, st.integers(2, 60), st.integers(1, 3))
 def test_exact_cycles_wait_too_and_the_best_is_the_best_of_all(case: dict[str, Any], spread: int, servers: int) -> None:
     law = SlotLaw(np.array([1, spread, spread**2]), np.array([0.5, 0.3, 0.2]))
