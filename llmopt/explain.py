@@ -120,6 +120,8 @@ def _what_else(kind: str, given: Any, context: Mapping[str, Any], message: str) 
         return 'has no law; add one, e.g. law = "constant" or law = "poisson"'
     if kind == "finite_number":
         return f"= {given} is not a finite number; give one"
+    if kind == "tuple_type" and not isinstance(given, str):
+        return f"= {_short(given)} must be a list; put it into [ ]"
     if kind in _KINDS:
         return f"= {_short(given)} must be {_KINDS[kind]}"
     if kind == "too_short":
@@ -145,8 +147,9 @@ def _wants_bundle(loc: Location, data: Any) -> bool:
 
 def _unit_hint(loc: Location, kind: str) -> str:
     """Times are in seconds; too large a time is usually one in milliseconds or microseconds."""
-    timed = {"base", "prefill", "decode", "kv", "pairs", "ttft", "tpot"}
-    return "; times are in seconds, not milliseconds" if kind.startswith("less") and loc[-1] in timed else ""
+    timed = {"base", "prefill", "decode", "kv", "pairs", "ttft", "tpot", "seconds"}
+    key = next((part for part in reversed(loc) if isinstance(part, str)), "")
+    return "; times are in seconds, not milliseconds" if kind.startswith("less") and key in timed else ""
 
 
 def _unknown_key(key: str, table: Location, model: type[BaseModel]) -> str:

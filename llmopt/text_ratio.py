@@ -264,7 +264,7 @@ def _facts(plan: Plan, scenario: Scenario, report: RatioReport) -> dict[str, str
 def named_figures(figures: Mapping[str, float], plan: Plan) -> dict[str, float]:
     """The figures of a plan with units to their names."""
     units = {"cycle": "s in a layer", "tpot": "s", "tokens": "tokens/s in all", "devices": "accelerators in all"}
-    units["cost"] = str(plan.figures.get("cost_unit", ""))
+    units["cost"] = units["least_cost"] = str(plan.figures.get("cost_unit", ""))
     return {f"{key} ({units[key]})" if units.get(key) else key: value for key, value in figures.items()}
 
 

@@ -326,6 +326,16 @@ def test_a_trace_gives_the_joint_lengths(small: Path) -> None:
         ("base = 50e-6", "base = -50e-6", ("attention[0].base", "at least 0")),
         ("decode = 1e-6", "decode = -1e-6", ("ffn[0].decode", "at least 0")),
         ("kv_capacity = 20000", "kv_capacity = 3000", ("kv_capacity = 3000", "on average", "lower batch")),
+        (
+            "ffn = [{ base = 60e-6, decode = 1e-6 }]",
+            "ffn = { base = 60e-6 }",
+            ("bundle.ffn = ", "a list; put it into [ ]"),
+        ),
+        (
+            "ffn = [{ base = 60e-6, decode = 1e-6 }]",
+            "ffn_table = { tokens = [1, 64], seconds = [90, 200] }",
+            ("seconds[0] = 90 must be at most 10; times are in seconds, not milliseconds",),
+        ),
         ('problem = "af-ratio"', 'problem = "af-rate"', ("did you mean 'af-ratio'",)),
     ],
 )
