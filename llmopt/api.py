@@ -101,7 +101,8 @@ def stability(scenario: Scenario | str | Path, policy: str | Policy | None = Non
 
     known = _loaded(scenario)
     if known.problem == "af-ratio":
-        known, policy = _with_bundle(known, DEFAULTS["af-ratio"] if policy is None else policy), EXACT
+        routed = _with_bundle(known, DEFAULTS["af-ratio"] if policy is None else policy)
+        return _of_bundles(stability(routed, EXACT), routed)
     answer = plan(known, EXACT if policy is None else policy)
     if answer.batcher.stepwise:
         raise ScenarioError(
@@ -121,6 +122,15 @@ def stability(scenario: Scenario | str | Path, policy: str | Policy | None = Non
             "use llmopt compare, or a policy with a split"
         )
     return assess(known, answer.fractions, router=answer.policy)
+
+
+def _of_bundles(report: StabilityReport, scenario: Scenario) -> StabilityReport:
+    """The report, which says first what bundles it is on."""
+    pool = scenario.pools[0]
+    assert pool.bundle is not None
+    size = f"{pool.bundle.attention_workers}A-{pool.bundle.ffn_servers}F, B = {pool.bundle.batch}"
+    said = f"Of {pool.replicas} x {size}; the fullest worker holds {pool.bundle.imbalance:.1%} more than the mean."
+    return replace(report, sentences=(said, *report.sentences))
 
 
 def _with_bundle(scenario: Scenario, policy: str | Policy) -> Scenario:

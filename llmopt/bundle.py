@@ -174,8 +174,12 @@ class Bundle(InputModel):
 
     @property
     def price(self) -> float:
-        """USD/hour of the bundle."""
-        return self.attention_workers * self.attention_price + self.ffn_servers * self.ffn_price
+        """USD/hour of the bundle; 0 unless both roles have prices."""
+        return (
+            0.0
+            if 0.0 in (self.attention_price, self.ffn_price)
+            else self.attention_workers * self.attention_price + self.ffn_servers * self.ffn_price
+        )
 
     @property
     def devices(self) -> int:

@@ -147,8 +147,8 @@ def best_ratio(bundle: Bundle, load: SlotLoad) -> Optimum:
     ratio = _minimiser(*rows, bundle.weights)
     if math.isinf(ratio):
         raise ScenarioError(
-            "neither the FFN nor the transfer of this bundle takes longer for more tokens, so that more Attention "
-            "workers per server are always better; give ffn a decode coefficient"
+            "neither the FFN nor the transfer of this bundle takes longer for more tokens, so that in the "
+            "mean field more Attention workers per server are always better; give ffn a decode coefficient"
         )
     if ratio == 0:
         raise ScenarioError(

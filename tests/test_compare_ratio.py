@@ -413,3 +413,28 @@ def test_empty_traces_predictions_and_strange_policies_are_refused(small: Path) 
 
 def test_check_asks_for_a_policy_that_works(small: Path) -> None:
     assert llmopt("compare", small, "--policies", "afd-one", "--seeds", "1", "--check").exit_code == 0
+
+
+def test_policies_beyond_the_limits_are_named_with_what_they_exceed(small: Path) -> None:
+    scenario = load_scenario(small)
+    keys = {"fleet.devices": 3, "workload.classes.0.tpot": 1.4e-3}
+    policies = [Sized("three", 3), Sized("also", 3), Sized("one", 1)]
+    played = compare(scenario.replace(**keys), policies)
+    tpot = 1e3 * played["three"].at("tpot").mean
+    assert tpot > 1.4 > 1e3 * played["one"].at("tpot").mean
+    assert f"Beyond the limits: three, also, 3A-1F: TPOT {tpot:.1f} ms of 1.4, 4 devices of 3." in played.sentences
+    assert not any("one" in text.split(",") for text in played.sentences if text.startswith("Beyond"))
+    assert not any(text.startswith("Beyond") for text in compare(scenario, policies).sentences)
+
+
+def test_seeds_that_disagree_leave_the_best_in_doubt(small: Path) -> None:
+    scenario = load_scenario(small)
+    curve = compare(scenario, [Sized("three", 3)]).curves[0]
+    worth = curve.values("per_weight")
+    for x in range(1, curve.workers + 1):
+        less = worth[:, curve.best - 1] - worth[:, x - 1]
+        spread = 12.706 * less.std(ddof=1) / np.sqrt(2)  # Student's t with one degree of freedom
+        near = curve.plateau[0] - 1 <= x <= curve.plateau[1] + 1
+        assert (x in curve.alike) == (near and less.mean() <= spread)
+    one = compare(scenario, [Sized("three", 3)], seeds=[4]).curves[0]
+    assert "of one seed, so that nothing is known of the error." in simulated_optimum(one)

@@ -6,7 +6,7 @@ determined by scenario, policies and seeds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from llmopt.evaluate.report import Estimate
 from llmopt.evaluate.written import Written
 from llmopt.output import plain
 from llmopt.plan import Plan
-from llmopt.ratio import regime
+from llmopt.ratio import kv_need, regime
 from llmopt.scenario import Scenario
 from llmopt.ways_report import WaysComparison
 
@@ -107,6 +107,21 @@ class RatioOutcome:
         bundle = self.bundle
         return self.at("throughput").mean * _instances(bundle) / bundle.devices if bundle else float("nan")
 
+    def excess(self, scenario: Scenario) -> str:
+        """By what the plan exceeds limits of the scenario, that rules do not look at: TPOT, KV memory, devices."""
+        if self.plan is None or self.bundle is None or self.curve is None:
+            return ""
+        shapes = [(self.bundle, self.plan.bundles), *self.plan.others]
+        limit = min((c.tpot for c in scenario.workload.classes if c.tpot is not None), default=float("inf"))
+        tpot, capacity = self.at("tpot").mean, self.bundle.kv_capacity
+        kv = kv_need(self.bundle, scenario.slot_load, scenario.fleet.kv_sigmas)
+        devices = sum(bundle.devices * count for bundle, count in shapes)
+        found = [f"TPOT {1e3 * tpot:.1f} ms of {1e3 * limit:g}"] if tpot > limit else []
+        found += [f"KV tokens {kv:,.0f} of {capacity:,} a worker"] if kv > capacity else []
+        most = scenario.fleet.devices
+        found += [f"{devices} devices of {most}"] if most is not None and devices > most else []
+        return ", ".join(found)
+
     @property
     def cost(self) -> float:
         """USD per million tokens; NaN without prices."""
@@ -149,7 +164,17 @@ class RatioComparison(Written):
             head = f"B = {curve.bundle.batch}, y = {curve.bundle.ffn_servers}: " if len(self.curves) > 1 else ""
             theory = curve.report.sentences if i == 0 else curve.report.sentences[:1]
             found += [f"{head}{text}" for text in (simulated_optimum(curve), published_verdict(curve), *theory)]
-        return tuple(found)
+        return (*found, *self._beyond())
+
+    def _beyond(self) -> Iterator[str]:
+        """Which policies exceed what limits of the scenario, those with the same bundles together."""
+        by_excess: dict[str, list[str]] = {}
+        for outcome in self.outcomes:
+            excess = outcome.excess(self.scenario)
+            if excess and outcome.bundle:
+                by_excess.setdefault(f"{shape(outcome.bundle)}: {excess}", []).append(outcome.policy)
+        for excess, policies in by_excess.items():
+            yield f"Beyond the limits: {', '.join(policies)}, {excess}."
 
     def table(self) -> pd.DataFrame:
         """One row per policy, as in `records`, with the seconds of planning."""

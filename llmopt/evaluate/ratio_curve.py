@@ -75,6 +75,18 @@ class Curve:
             last += 1
         return first, last
 
+    @property
+    def alike(self) -> tuple[int, ...]:
+        """The x around the best whose objective, paired by seed, may be as large: of the plateau and its neighbours."""
+        worth = self.values("per_weight")
+        less = [estimate(list(worth[:, self.best - 1] - worth[:, x - 1]), self.confidence) for x in self._near_best()]
+        return tuple(x for x, one in zip(self._near_best(), less, strict=True) if not one.mean > one.half)
+
+    def _near_best(self) -> range:
+        """The plateau and its neighbours."""
+        first, last = self.plateau
+        return range(max(1, first - 1), min(self.workers, last + 1) + 1)
+
     def theory(self) -> tuple[Floats, Floats]:
         """Throughput per instance for every x, tokens/s: in the mean field and with the barrier; shapes (W,)."""
         x = np.arange(1, self.workers + 1)
@@ -99,7 +111,7 @@ class Curve:
             "best": self.best,
             "plateau": self.plateau,
             "published_rule": self.rule,
-            "theory": {key: value for key, value in theory_data(self.report).items() if key not in ("bundle", "curve")},
+            "theory": {key: value for key, value in theory_data(self.report).items() if key != "curve"},
             "points": [
                 {"attention_workers": k + 1, "loss": self.loss[k], "mean_field": mean_field[k], "barrier": barrier[k]}
                 | point
@@ -139,7 +151,15 @@ def simulated_optimum(curve: Curve) -> str:
         f"{first}A to {last}A lose at most {NEAR:.0%}" if last > first else f"both neighbours lose more than {NEAR:.0%}"
     )
     per = "" if curve.bundle.weights == (1.0, 1.0) else " per dollar"
-    return f"Simulated, {curve.best}A-{y}F is best{per} with {best:,.0f} tokens/s per instance; {flat}."
+    return f"Simulated, {curve.best}A-{y}F is best{per} with {best:,.0f} tokens/s per instance; {flat}{_doubt(curve)}."
+
+
+def _doubt(curve: Curve) -> str:
+    """How sure the best is: which others these seeds cannot tell from it."""
+    if len(curve.runs) == 1:
+        return "; of one seed, so that nothing is known of the error"
+    alike = [f"{x}A" for x in curve.alike if x != curve.best]
+    return f"; these seeds do not tell it from {', '.join(alike)}" if alike else ""
 
 
 def published_verdict(curve: Curve) -> str:
