@@ -116,7 +116,7 @@ class RatioOutcome:
         tpot, capacity = self.at("tpot").mean, self.bundle.kv_capacity
         kv = kv_need(self.bundle, scenario.slot_load, scenario.fleet.kv_sigmas)
         devices = sum(bundle.devices * count for bundle, count in shapes)
-        found = [f"TPOT {1e3 * tpot:.1f} ms of {1e3 * limit:g}"] if tpot > limit else []
+        found = [f"TPOT {1e3 * tpot:.4g} ms of {1e3 * limit:.4g}"] if tpot > limit else []
         found += [f"KV tokens {kv:,.0f} of {capacity:,} a worker"] if kv > capacity else []
         most = scenario.fleet.devices
         found += [f"{devices} devices of {most}"] if most is not None and devices > most else []
