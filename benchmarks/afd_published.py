@@ -18,6 +18,7 @@ from time import perf_counter
 
 from llmopt import compare, load_scenario, plan
 from llmopt.evaluate.ratio_comparison import RatioComparison
+from llmopt.ratio import published
 
 WORKLOAD = (("afd-256-100-500", 9.30), ("afd-256-500-500", 17.25), ("afd-256-100-100", 2.17))
 BATCH = (("afd-128-100-500", 7.08), ("afd-256-100-500", 9.34), ("afd-512-100-500", 10.31))
@@ -35,9 +36,10 @@ def ratios(title: str, rows: tuple[tuple[str, float], ...], seeds: int) -> None:
         (curve,) = comparison.curves
         report, (first, last) = curve.report, curve.plateau
         rule = report.horizon.ratio
+        endless = published(report.bundle, comparison.scenario.slot_load.theta).ratio
         loses = min(curve.loss[max(1, end(rule)) - 1] for end in (floor, ceil))
         print(
-            f"  {name:16} {printed:10.2f} {rule:11.4f} {rule / printed - 1:+10.2%} {report.published.ratio:8.4f} "
+            f"  {name:16} {printed:10.2f} {rule:11.4f} {rule / printed - 1:+10.2%} {endless:8.4f} "
             f"{report.barrier:8} {curve.best:10} {f'{first} to {last}':>11} {loses:11.2%}"
         )
 
