@@ -42,7 +42,7 @@ class OneToOne:
 
     def plan(self, scenario: Scenario) -> Plan:
         """One worker for each server."""
-        bundle = given(scenario, self.name)
+        bundle = ratio.kept_bundle(scenario, self.name)
         return _plan(self.name, scenario, bundle, bundle.ffn_servers, 1.0)
 
 
@@ -102,7 +102,7 @@ class FlopBalance:
         PolicyError, ScenarioError
             If the pool names no model, or one that is not known.
         """
-        bundle, pool = given(scenario, self.name), scenario.pools[0]
+        bundle, pool = ratio.kept_bundle(scenario, self.name), scenario.pools[0]
         if not pool.model:
             raise PolicyError(
                 f"policy {self.name!r}: pool {pool.name!r} names no model, so that its operations are not known; set "
@@ -137,29 +137,11 @@ class Simulated:
         PolicyError
             If there are too many slots to simulate.
         """
-        bundle = given(scenario, self.name)
+        bundle = ratio.kept_bundle(scenario, self.name)
         made = simulated_throughput(scenario, bundle, self.requests, self.seed)
         best = int(np.argmax(made)) + 1
         plan = _plan(self.name, scenario, bundle, best, best / bundle.ffn_servers)
         return replace(plan, figures={**plan.figures, "throughput": float(made[best - 1])})
-
-
-def given(scenario: Scenario, name: str) -> Bundle:
-    """The bundle as given, with no more FFN servers than the fleet allows.
-
-    Raises
-    ------
-    PolicyError
-        If the given micro-batches, where the fleet has other sizes to choose from, hold too much on average.
-    """
-    bundle = scenario.bundle
-    need = ratio.kv_need(bundle, scenario.slot_load)
-    if need > bundle.kv_capacity:
-        raise PolicyError(
-            f"policy {name!r} keeps batch = {bundle.batch}, with which a worker holds {need:.0f} KV tokens on average, "
-            f"more than its {bundle.kv_capacity}; lower batch in [pools.bundle]"
-        )
-    return bundle.sized(bundle.attention_workers, min(bundle.ffn_servers, scenario.fleet.most_ffn))
 
 
 def flops_of_roles(model: str, context: float) -> tuple[float, float]:
@@ -271,7 +253,7 @@ def _stages(bundle: Bundle, x: Ints) -> tuple[Floats, Floats]:
 
 def _with_load(name: str, scenario: Scenario, share: float) -> Plan:
     """The mean-field rule with mean prompt + `share` of the mean output tokens in a slot."""
-    bundle, load = given(scenario, name), scenario.slot_load
+    bundle, load = ratio.kept_bundle(scenario, name), scenario.slot_load
     mistaken = replace(load, theta=load.mean_prompt + share * load.mean_decode)
     whole = ratio.best_whole(bundle, mistaken, scenario.fleet.most_attention, bundle.ffn_servers)
     exact = ratio.best_ratio(bundle, mistaken).ratio

@@ -12,6 +12,7 @@ import argparse
 import resource
 import sys
 from collections.abc import Iterator
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -52,6 +53,7 @@ def bundle_of(pipeline: str, micro_batches: int = 1, layers: int = 1, slots: int
 
 
 def series_of(bundle: Bundle, workers: int = WORKERS, steps: int = STEPS) -> np.ndarray:
+    """A load series of the published lengths, in steady state."""
     return load_series([REQUESTS], np.ones(1), 0, bundle, workers, steps, 1)
 
 
@@ -74,8 +76,8 @@ def speed(report: Report, runs: int) -> None:
     }
     for name, bundle in cases.items():
         series = series_of(bundle)
-        loads = seconds(lambda bundle=bundle: series_of(bundle), runs)  # type: ignore[misc]
-        plays = seconds(lambda bundle=bundle, series=series: play_bundle(bundle, series), runs)  # type: ignore[misc]
+        loads = seconds(partial(series_of, bundle), runs)
+        plays = seconds(partial(play_bundle, bundle, series), runs)
         report.line(f"load series, {name}", loads, "s")
         report.line(f"1..{WORKERS} workers on it, {name}", plays, "s")
         report.line(f"both, {name}", loads + plays, "s", most=5.0)
@@ -87,8 +89,8 @@ def many_layers(report: Report, runs: int) -> None:
     for workers, steps in ((WORKERS, STEPS), (MANY_WORKERS, MANY_STEPS)):
         flat, deep = bundle_of("non-blocking", 3), bundle_of("non-blocking", 3, layers=LAYERS)
         series = series_of(flat, workers, steps)
-        one = seconds(lambda series=series, flat=flat: play_bundle(flat, series), runs)  # type: ignore[misc]
-        all_layers = seconds(lambda series=series, deep=deep: play_bundle(deep, series), runs)  # type: ignore[misc]
+        one = seconds(partial(play_bundle, flat, series), runs)
+        all_layers = seconds(partial(play_bundle, deep, series), runs)
         report.line(f"{LAYERS} layers, 3 micro-batches, 1..{workers} workers, {steps} steps", all_layers, "s")
         report.line("the same, times a single layer", all_layers / one, "x", most=LAYERS / 3)
 
@@ -118,12 +120,14 @@ def worker(rng: np.random.Generator) -> list[float]:
 
 
 def requests(rng: np.random.Generator) -> Iterator[oracle_bundle.Lengths]:
+    """Requests for ever."""
     while True:
         for prompt, output in zip(*REQUESTS.sample(rng, 8), strict=True):
             yield oracle_bundle.Lengths(int(prompt), int(output))
 
 
 def main() -> None:
+    """Print the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=9)
     runs = parser.parse_args().runs

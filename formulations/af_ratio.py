@@ -19,7 +19,6 @@ from formulations.af_ratio_shapes import (
     Shape,
     as_many,
     cheaper,
-    given,
     shape,
     shapes,
 )
@@ -48,7 +47,7 @@ class ConvexRatio:
         import cvxpy as cp
 
         data = RatioData.of(scenario)
-        bundle = given(scenario, self.name)
+        bundle = ratio.kept_bundle(scenario, self.name)
         a, b = ratio.mean_field(bundle, data.load)
         unit = float((a + b).max())
         r, t = cp.Variable(name="r"), cp.Variable(name="t")
@@ -62,7 +61,7 @@ class ConvexRatio:
     def extract(self, model: Any, solve: Solve, scenario: Scenario) -> Plan:
         """The best whole bundle beside the real ratio; `binding`: the share of each row that decides, by its dual."""
         data, best = RatioData.of(scenario), float(model.var_dict["r"].value)
-        one = _nearest(data, given(scenario, self.name).batch, best)
+        one = _nearest(data, ratio.kept_bundle(scenario, self.name).batch, best)
         shares = {key[6:-1]: abs(float(value)) for key, value in solve.duals.items() if key.startswith("stage[")}
         binding = {key: share for key, share in shares.items() if share > 1e-4}
         proof = _scaled(solve, model.scale)

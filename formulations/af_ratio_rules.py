@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from formulations.af_ratio_shapes import given
 from llmopt import barrier, ratio
 from llmopt.bundle import Bundle
 from llmopt.plan import Plan
@@ -36,7 +35,7 @@ class MeanField:
 
     def plan(self, scenario: Scenario) -> Plan:
         """The best ratio times the servers, rounded."""
-        bundle, load = given(scenario, self.name), scenario.run_load
+        bundle, load = ratio.kept_bundle(scenario, self.name), scenario.run_load
         optimum, most, servers = ratio.best_ratio(bundle, load), scenario.fleet.most_attention, bundle.ffn_servers
         if bundle.ffn_table is not None:
             whole = ratio.best_whole(bundle, load, most, servers)
@@ -92,7 +91,7 @@ class PublishedRatio:
 
     def plan(self, scenario: Scenario) -> Plan:
         """Floor or ceiling of the published ratio."""
-        bundle, load, judged = given(scenario, self.name), scenario.run_load, scenario.evaluation
+        bundle, load, judged = ratio.kept_bundle(scenario, self.name), scenario.run_load, scenario.evaluation
         requests = judged.requests if judged.start == "cold" else None
         slot = ratio.horizon_load(load.mean_prompt, load.mean_decode, bundle.batch, requests)
         rule = ratio.published(bundle, slot)
@@ -103,7 +102,7 @@ class PublishedRatio:
 
 
 def _behind_barrier(name: str, scenario: Scenario, law: SlotLaw | None) -> Plan:
-    bundle, load = given(scenario, name), scenario.run_load
+    bundle, load = ratio.kept_bundle(scenario, name), scenario.run_load
     servers = bundle.ffn_servers
     best = barrier.best_barrier(bundle, load, scenario.fleet.most_attention, servers, law)
     cycle = barrier.barrier_cycle(bundle, load, best, servers, law)

@@ -17,7 +17,6 @@ import numpy as np
 from llmopt import barrier, ratio
 from llmopt.arrays import Floats, Ints
 from llmopt.bundle import Bundle, Fleet
-from llmopt.errors import PolicyError
 from llmopt.scenario import Scenario
 from llmopt.slots import SlotLoad
 
@@ -238,21 +237,3 @@ def _affordable(data: RatioData, x: int, y: int) -> bool:
     """Whether the fleet has devices for it; the smallest shape stays, to tell why there is no plan."""
     devices = x * data.bundle.attention_devices + y * data.bundle.ffn_devices
     return data.fleet.devices is None or devices <= data.fleet.devices or x == y == 1
-
-
-def given(scenario: Scenario, name: str) -> Bundle:
-    """The bundle as given, for rules that choose its workers alone; no more servers than the fleet allows.
-
-    Raises
-    ------
-    PolicyError
-        If the given micro-batches, where the fleet has other sizes to choose from, hold too much on average.
-    """
-    bundle = scenario.bundle
-    need = ratio.kv_need(bundle, scenario.slot_load)
-    if need > bundle.kv_capacity:
-        raise PolicyError(
-            f"policy {name!r} keeps batch = {bundle.batch}, with which a worker holds {need:.0f} KV tokens on average, "
-            f"more than its {bundle.kv_capacity}; lower batch in [pools.bundle], or take afd-fleet, which chooses it"
-        )
-    return bundle.sized(bundle.attention_workers, min(bundle.ffn_servers, scenario.fleet.most_ffn))

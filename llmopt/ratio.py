@@ -25,8 +25,9 @@ import numpy as np
 
 from llmopt.arrays import Floats
 from llmopt.bundle import Bundle
-from llmopt.errors import ScenarioError
+from llmopt.errors import PolicyError, ScenarioError
 from llmopt.hardware import StepTime
+from llmopt.scenario import Scenario
 from llmopt.slots import SlotLoad
 
 BOUND = {"attention": "Attention-bound", "transfer": "transfer-bound", "ffn": "FFN-bound", "pipeline": "pipeline-bound"}
@@ -62,6 +63,25 @@ class Published(NamedTuple):
     r_transfer: float
     r_peak: float
     ratio: float
+
+
+def kept_bundle(scenario: Scenario, policy: str) -> Bundle:
+    """The bundle as given, for policies that choose its workers alone.
+
+    Raises
+    ------
+    PolicyError
+        If the given micro-batches, where the fleet has other sizes to choose from, hold too much on average.
+    """
+    bundle = scenario.bundle
+    need = kv_need(bundle, scenario.slot_load)
+    if need > bundle.kv_capacity:
+        raise PolicyError(
+            f"policy {policy!r} keeps batch = {bundle.batch}, with which a worker holds {need:.0f} KV tokens on "
+            f"average, more than its {bundle.kv_capacity}; lower batch in [pools.bundle], or take afd-fleet, which "
+            "chooses it"
+        )
+    return bundle
 
 
 def cycle_rows(bundle: Bundle) -> tuple[Row, ...]:

@@ -67,7 +67,7 @@ def slot_load(
         If no request stays a single step.
     """
     weights = np.asarray(rates, dtype=float) / np.sum(rates)
-    means = weights @ np.array([_means(cls, first_step) for cls in classes])
+    means = weights @ np.array([request_means(cls, first_step) for cls in classes])
     prompt, decode, load, square = (float(x) for x in means)
     if decode <= 0:
         raise ScenarioError("no request stays a single decode step, so that no slot is ever loaded; lengthen outputs")
@@ -130,8 +130,8 @@ def area_of_square(prompt: Floats, decode: Floats) -> Floats:
     return np.asarray(d * prompt**2 + prompt * d * (d - 1) + d * (d - 1) * (2 * d - 1) / 6)
 
 
-def _means(cls: RequestClass, first_step: int) -> list[float]:
-    """E of P, D, the area and the area of the square; products of a function of P and one of D."""
+def request_means(cls: RequestClass, first_step: int, context: float = 1.0) -> list[float]:
+    """E of P, D, the area and the area of the square, with all prompts `context` times as long: tokens, steps."""
 
     def steps(o: Floats) -> Floats:
         return o - first_step
@@ -140,11 +140,11 @@ def _means(cls: RequestClass, first_step: int) -> list[float]:
     decode = cls.expect(one, steps)
     ages = cls.expect(one, lambda o: steps(o) * (steps(o) - 1) / 2)
     square = (
-        cls.expect(np.square, steps)
-        + cls.expect(lambda s: s, lambda o: steps(o) * (steps(o) - 1))
+        context**2 * cls.expect(np.square, steps)
+        + context * cls.expect(lambda s: s, lambda o: steps(o) * (steps(o) - 1))
         + cls.expect(one, lambda o: steps(o) * (steps(o) - 1) * (2 * steps(o) - 1) / 6)
     )
-    return [cls.mean_prompt, decode, cls.expect(lambda s: s, steps) + ages, square]
+    return [context * cls.mean_prompt, decode, context * cls.expect(lambda s: s, steps) + ages, square]
 
 
 def _error(classes: Sequence[RequestClass], weights: Floats, requests: int, load: SlotLoad, first_step: int) -> float:

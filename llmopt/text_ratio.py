@@ -250,7 +250,7 @@ def _facts(plan: Plan, scenario: Scenario, report: RatioReport) -> dict[str, str
         "best ratio, mean field": number(report.optimum.ratio, 4),
         "its interval": f"{number(low, 4)} to {number(high, 4)}" if high > low else "a point: the lengths are given",
         "best with the barrier": f"{report.barrier}A-{bundle.ffn_servers}F",
-        "published rule": f"{number(report.published.ratio, 4)}, from empty slots {number(report.horizon.ratio, 4)}",
+        "published rule": number(report.published.ratio, 4),
         "regime": regime(bundle, scenario.load_at(bundle.batch), bundle.ratio),
         "tokens/s per instance": f"{number(report.throughput, 4)} (mean field {of_mean_field})",
         "idle": f"Attention {share(report.idle_attention)}, FFN {share(report.idle_ffn)}",

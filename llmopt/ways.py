@@ -32,7 +32,7 @@ from llmopt.arrays import Floats
 from llmopt.bundle import BUDGET, Bundle
 from llmopt.hardware import Piece, StepTime
 from llmopt.scenario import Scenario
-from llmopt.slots import SlotLoad
+from llmopt.slots import SlotLoad, request_means
 from llmopt.workload import RequestClass
 
 WAYS = ("colocated", "PD", "AFD")
@@ -114,7 +114,8 @@ def demand(scenario: Scenario, context: float = 1.0) -> Demand:
     """The demand with all prompts `context` times as long; theta and nu as in `llmopt.slots`."""
     workload, first = scenario.workload, scenario.pools[0].first_step
     shares = workload.rates / workload.rates.sum()
-    prompt, pairs, decode, area, square = shares @ np.array([_means(c, first, context) for c in workload.classes])
+    prompt, decode, area, square = shares @ np.array([request_means(c, first, context) for c in workload.classes])
+    pairs = context**2 / 2 * (shares @ [c.expect(np.square, np.ones_like) for c in workload.classes])
     theta = area / decode
     return Demand(
         prompt=float(prompt),
@@ -125,25 +126,6 @@ def demand(scenario: Scenario, context: float = 1.0) -> Demand:
         largest=max(_largest(c, context) for c in workload.classes),
         kv_sigmas=scenario.fleet.kv_sigmas,
     )
-
-
-def _means(cls: RequestClass, first: int, context: float) -> list[float]:
-    """E of P, P^2 / 2, D, and of a request's KV tokens and their squares summed over its steps."""
-
-    def steps(o: Floats) -> Floats:
-        return o - first
-
-    def turns(o: Floats) -> Floats:
-        return steps(o) * (steps(o) - 1)
-
-    def cubes(o: Floats) -> Floats:
-        return turns(o) * (2 * steps(o) - 1)
-
-    one = np.ones_like
-    area = context * cls.expect(lambda s: s, steps) + cls.expect(one, turns) / 2
-    square = context**2 * cls.expect(np.square, steps) + context * cls.expect(lambda s: s, turns)
-    pairs = context**2 * cls.expect(np.square, one) / 2
-    return [context * cls.mean_prompt, pairs, cls.expect(one, steps), area, square + cls.expect(one, cubes) / 6]
 
 
 def _largest(cls: RequestClass, context: float) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from afd import PIPELINES, PUBLISHED, bundle_of, geometric_load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import quad
@@ -20,27 +21,7 @@ from llmopt.ratio import best_whole, cycle, throughput
 from llmopt.slot_law import SlotLaw
 from llmopt.slots import SlotLoad
 
-PUBLISHED: dict[str, Any] = {
-    "attention": [{"base": 50e-6, "kv": 0.00165e-6}],
-    "transfer": [{"base": 20e-6, "decode": 0.022e-6}],
-    "ffn": [{"base": 100e-6, "decode": 0.083e-6}],
-    "batch": 256,
-    "micro_batches": 2,
-    "pipeline": "ideal",
-    "kv_capacity": 10**7,
-}
 TWO_PIECES = [{"base": 200e-6, "kv": 0.5e-9}, {"base": 20e-6, "kv": 2e-9}]
-PIPELINES = ("ideal", "non-blocking", "attention-blocking", "blocking")
-
-
-def bundle_of(**changes: Any) -> Bundle:
-    return Bundle.model_validate(PUBLISHED | changes)
-
-
-def geometric(prompt: float, output: float) -> SlotLoad:
-    """The load of geometric lengths, from the closed form."""
-    nu2 = prompt * (prompt - 1) + output * (output - 1)
-    return SlotLoad(prompt + output - 1, nu2, prompt, output)
 
 
 def of_load(bundle: Bundle, kv: float | np.ndarray, ratio: float) -> Any:
@@ -93,7 +74,7 @@ def drawn(load: SlotLoad, batch: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def test_the_ideal_cycle_is_the_mean_of_sampled_cycles() -> None:
-    bundle, load, workers = bundle_of(), geometric(100, 500), 9
+    bundle, load, workers = bundle_of(), geometric_load(100, 500), 9
     cycles = of_load(bundle, drawn(load, 256, (100_000, workers)).max(axis=1), workers)
     error = cycles.std() / math.sqrt(len(cycles))
     assert abs(barrier_cycle(bundle, load, workers) - cycles.mean()) < 4 * error
@@ -132,7 +113,7 @@ def test_rounds_of_unequal_loads_last_as_long_as_played(pipeline: str, micro_bat
 @pytest.mark.parametrize(("micro_batches", "workers"), [(2, 7), (2, 10), (3, 9), (3, 14), (4, 10)])
 def test_the_cycle_of_a_pipeline_is_that_of_sampled_rounds(pipeline: str, micro_batches: int, workers: int) -> None:
     """Never shorter, since the fullest mean and the fullest load are taken as independent, and at most 0.3 % longer."""
-    bundle, load = bundle_of(pipeline=pipeline, micro_batches=micro_batches), geometric(100, 500)
+    bundle, load = bundle_of(pipeline=pipeline, micro_batches=micro_batches), geometric_load(100, 500)
     cycles = round_time(bundle, drawn(load, 256, (20_000, micro_batches, workers)), workers) / micro_batches
     error, here = cycles.std() / math.sqrt(len(cycles)), barrier_cycle(bundle, load, workers)
     assert cycles.mean() - 4 * error <= here <= 1.003 * cycles.mean() + 4 * error
@@ -158,7 +139,7 @@ def test_the_attention_stage_of_one_worker_on_average() -> None:
 
 
 def test_the_cycle_at_the_extremes() -> None:
-    load = geometric(100, 500)
+    load = geometric_load(100, 500)
     slow = bundle_of(ffn=[{"base": 1.0, "decode": 1e-9}])
     assert barrier_cycle(slow, load, 512) == pytest.approx(slow.ffn_time(512), rel=1e-15)
     fast = bundle_of(ffn=[{"base": 1e-9, "decode": 1e-15}], transfer=[{}])
@@ -173,7 +154,7 @@ def test_the_cycle_at_the_extremes() -> None:
 
 def test_a_measured_ffn_table_enters_with_its_own_times() -> None:
     table = {"tokens": [256, 512, 768, 1024], "seconds": [1e-4, 1.1e-4, 5e-4, 5.01e-4]}
-    bundle, load = bundle_of(ffn=[], ffn_table=table), geometric(100, 500)
+    bundle, load = bundle_of(ffn=[], ffn_table=table), geometric_load(100, 500)
     for workers in (1, 2, 3, 4):
         assert barrier_cycle(bundle, load, workers) == pytest.approx(by_quadrature(bundle, load, workers), rel=1e-9)
 
@@ -208,7 +189,7 @@ def test_waiting_costs_time_and_more_workers_wait_longer(
     [(128, 100, 500, 8), (256, 100, 500, 10), (512, 100, 500, 11), (256, 100, 100, 2), (256, 500, 500, 18)],
 )
 def test_best_numbers_of_workers_as_noted_for_steady_state(batch: int, prompt: int, output: int, noted: int) -> None:
-    assert best_barrier(bundle_of(batch=batch), geometric(prompt, output), 32) == noted
+    assert best_barrier(bundle_of(batch=batch), geometric_load(prompt, output), 32) == noted
 
 
 @settings(max_examples=30, deadline=None)
@@ -224,7 +205,7 @@ def test_the_best_number_is_the_best_of_all(case: dict[str, Any], theta: float, 
 
 
 def test_imbalance_is_that_of_sampled_workers() -> None:
-    bundle, load = bundle_of(), geometric(100, 500)
+    bundle, load = bundle_of(), geometric_load(100, 500)
     held = np.random.default_rng(9).normal(256 * load.theta, 16 * load.deviation, (100_000, 8))
     assert imbalance(bundle, load, 8) == pytest.approx(held.max(axis=1).mean() / (256 * load.theta) - 1, rel=0.01)
     assert imbalance(bundle, load, 1) == pytest.approx(0.0, abs=1e-15)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import oracle_bundle as oracle
 import pytest
+from afd import PIPELINES, PUBLISHED, bundle_of
 
 from llmopt import ratio
 from llmopt.arrays import Floats, Ints
@@ -21,18 +22,7 @@ from llmopt.scenario import Scenario
 from llmopt.slots import SlotLoad, slot_load
 from llmopt.workload import Pairs, RequestClass
 
-PIPELINES = ("ideal", "non-blocking", "attention-blocking", "blocking")
-PUBLISHED: dict[str, Any] = {
-    "attention": [{"base": 50e-6, "kv": 0.00165e-6}],
-    "transfer": [{"base": 20e-6, "decode": 0.022e-6}],
-    "ffn": [{"base": 100e-6, "decode": 0.083e-6}],
-    "kv_capacity": 100_000_000,
-}
 ARRAYS = ("makespan", "throughput", "per_weight", "idle_attention", "idle_ffn", "tpot", "tpot_p99")
-
-
-def bundle_of(**settings: Any) -> Bundle:
-    return Bundle.model_validate({**PUBLISHED, "batch": 256, "pipeline": "ideal", "micro_batches": 2, **settings})
 
 
 def geometric(prompt: float, output: float) -> RequestClass:

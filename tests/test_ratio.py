@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
+from afd import PIPELINES, bundle_of, geometric_load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
@@ -28,27 +28,6 @@ from llmopt.ratio import (
     throughput,
 )
 from llmopt.slots import SlotLoad
-
-PUBLISHED: dict[str, Any] = {
-    "attention": [{"base": 50e-6, "kv": 0.00165e-6}],
-    "transfer": [{"base": 20e-6, "decode": 0.022e-6}],
-    "ffn": [{"base": 100e-6, "decode": 0.083e-6}],
-    "batch": 256,
-    "micro_batches": 2,
-    "pipeline": "ideal",
-    "kv_capacity": 10**7,
-}
-PIPELINES = ("ideal", "non-blocking", "attention-blocking", "blocking")
-
-
-def bundle_of(**changes: Any) -> Bundle:
-    return Bundle.model_validate(PUBLISHED | changes)
-
-
-def geometric(prompt: float, output: float) -> SlotLoad:
-    """The load of geometric lengths, from the closed form."""
-    nu2 = prompt * (prompt - 1) + output * (output - 1)
-    return SlotLoad(prompt + output - 1, nu2, prompt, output)
 
 
 def at_horizon(bundle: Bundle, load: SlotLoad, requests: int = 10_000) -> SlotLoad:
@@ -161,7 +140,7 @@ def test_rows_and_throughput_say_what_the_stages_say() -> None:
 def test_the_published_rule_and_ours_agree_on_an_ideal_pipeline(
     batch: int, prompt: int, output: int, horizon: float, endless: float
 ) -> None:
-    bundle, load = bundle_of(batch=batch), geometric(prompt, output)
+    bundle, load = bundle_of(batch=batch), geometric_load(prompt, output)
     per_slot = horizon_load(prompt, output, batch, 10_000)
     assert published(bundle, per_slot).ratio == pytest.approx(horizon, abs=6e-5)
     assert published(bundle, load.theta).ratio == pytest.approx(endless, abs=6e-5)
@@ -208,7 +187,7 @@ def test_two_micro_batches_move_the_optimum_and_three_restore_it(
 ) -> None:
     def best(pipeline: str, micro_batches: int) -> float:
         bundle = bundle_of(batch=batch, pipeline=pipeline, micro_batches=micro_batches)
-        return best_ratio(bundle, at_horizon(bundle, geometric(prompt, output))).ratio
+        return best_ratio(bundle, at_horizon(bundle, geometric_load(prompt, output))).ratio
 
     if non_blocking is not None:
         assert best("non-blocking", 2) == pytest.approx(non_blocking, abs=0.006)
@@ -236,7 +215,7 @@ def test_parts_of_the_published_rule_by_hand() -> None:
 
 
 def test_regimes_by_the_ratio() -> None:
-    bundle, load = bundle_of(), geometric(100, 500)
+    bundle, load = bundle_of(), geometric_load(100, 500)
     assert regime(bundle, load, 2.0) == "Attention-bound"
     assert regime(bundle, load, 20.0) == "FFN-bound"
     assert best_ratio(bundle, load).regime == "Attention-bound and FFN-bound"
@@ -249,9 +228,9 @@ def test_regimes_by_the_ratio() -> None:
 
 def test_prices_move_the_stationary_point_and_leave_the_kinks() -> None:
     ffn_bound = bundle_of(attention=[{"base": 1e-6}], attention_price=1.0, ffn_price=4.0)
-    assert best_ratio(ffn_bound, geometric(100, 500)).ratio == pytest.approx(math.sqrt(4 * 100 / (0.083 * 256)))
+    assert best_ratio(ffn_bound, geometric_load(100, 500)).ratio == pytest.approx(math.sqrt(4 * 100 / (0.083 * 256)))
     kink = bundle_of(attention_price=1.0, ffn_price=4.0)
-    assert best_ratio(kink, geometric(100, 500)).ratio == pytest.approx(9.5547, abs=6e-5)
+    assert best_ratio(kink, geometric_load(100, 500)).ratio == pytest.approx(9.5547, abs=6e-5)
 
 
 TABLE = {
@@ -286,7 +265,7 @@ def test_a_table_below_which_the_hull_misleads() -> None:
 
 
 def test_limits_clip_and_flat_stages_take_all() -> None:
-    bundle, load = bundle_of(), geometric(100, 500)
+    bundle, load = bundle_of(), geometric_load(100, 500)
     assert best_whole(bundle, load, 4) == 4
     assert best_whole(bundle, load, 32, servers=2) == 19
     assert best_whole(bundle_of(ffn=[{"base": 1e-3}]), load, 7) == 7
@@ -294,7 +273,7 @@ def test_limits_clip_and_flat_stages_take_all() -> None:
 
 
 def test_without_a_best_ratio_it_is_one_sentence() -> None:
-    load = geometric(100, 500)
+    load = geometric_load(100, 500)
     with pytest.raises(ScenarioError, match="always better; give ffn a decode coefficient"):
         best_ratio(bundle_of(ffn=[{"base": 1e-3}]), load)
     with pytest.raises(ScenarioError, match="give ffn a decode value"):
@@ -304,7 +283,7 @@ def test_without_a_best_ratio_it_is_one_sentence() -> None:
 
 
 def test_an_interval_is_a_point_for_a_law_and_follows_the_error_of_a_trace() -> None:
-    bundle, load = bundle_of(), geometric(100, 500)
+    bundle, load = bundle_of(), geometric_load(100, 500)
     best = best_ratio(bundle, load).ratio
     assert interval(bundle, load, 0.95) == (best, best)
     low, high = interval(bundle, replace(load, error=14.0, requests=2000), 0.95)

@@ -19,7 +19,7 @@ from llmopt.evaluate.report import in_window, measure, realised_split
 from llmopt.evaluate.run import SimRun
 from llmopt.evaluate.simulate import simulate
 from llmopt.latency_bound import latency_bound
-from llmopt.plan import Plan, Router, check_plan
+from llmopt.plan import Plan, Router
 from llmopt.policy import Policy
 from llmopt.predictions import ORACLE
 from llmopt.scenario import Scenario
@@ -118,13 +118,8 @@ class _Game(Jobs):
         return replace(outcome, seconds=dict(self.seconds))
 
     def plan(self, policy: Policy, outcome: Outcome) -> Outcome:
-        """Decide; solver seconds are part of the planning seconds."""
-        self.tell(f"{policy.name}: plan")
-        with self.timed("plan"):
-            plan = policy.plan(self.scenario)
-        plan = check_plan(plan, self.scenario)
-        if plan.solve:
-            self.seconds |= {"build": plan.solve.build_seconds, "solve": plan.solve.solve_seconds}
+        """Decide."""
+        plan = self.planned(policy, self.scenario)
         told = plan.batcher.predictor == ORACLE and self.scenario.predictions != ORACLE
         return replace(outcome, plan=plan, clairvoyant=plan.batcher.clairvoyant or told)
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from llmopt import __version__
 from llmopt.arrays import Floats
 from llmopt.evaluate.fluid import FluidRun
 from llmopt.evaluate.growth import Growth
@@ -186,23 +185,17 @@ class Comparison(Written):
 
     def records(self) -> list[dict[str, Any]]:
         """Flat rows for CSV and Parquet: what `table` shows without seconds, every metric with its half-width."""
-        head = {"scenario": self.scenario.name, "digest": self.scenario.digest, "llmopt": __version__}
-        seeds = " ".join(str(s) for s in self.seeds)
-        return [head | {"seeds": seeds} | self._record(outcome) for outcome in self.outcomes]
+        head = self.stamp(self.scenario, self.seeds)
+        return [head | self._record(outcome) for outcome in self.outcomes]
 
     def timings(self) -> dict[str, dict[str, float]]:
         """Wall-clock seconds of each policy: plan, of that build and solve, fluid, simulate."""
-        return {outcome.policy: dict(outcome.seconds) for outcome in self.outcomes}
+        return self.seconds_of(self.outcomes)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the timings, as plain data."""
         evaluation = self.scenario.evaluation
-        head = {
-            "llmopt": __version__,
-            "scenario": self.scenario.name,
-            "question": self.scenario.question,
-            "digest": self.scenario.digest,
-            "rate": self.scenario.workload.total_rate,
+        head = self.heading(self.scenario) | {
             "horizon": evaluation.horizon,
             "warmup": evaluation.warmup,
             "confidence": evaluation.confidence,

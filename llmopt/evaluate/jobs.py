@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from llmopt.errors import Infeasible, LLMOptError, PolicyError
+from llmopt.plan import Plan, check_plan
 from llmopt.policy import Policy
+from llmopt.scenario import Scenario
 
 Progress = Callable[[int, int, str], None]
 """Called with (jobs done, jobs in all, what starts now)."""
@@ -31,6 +33,16 @@ class Jobs:
             yield
         finally:
             self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
+
+    def planned(self, policy: Policy, scenario: Scenario) -> Plan:
+        """The policy's plan, checked; the solver's seconds are part of those of planning."""
+        self.tell(f"{policy.name}: plan")
+        with self.timed("plan"):
+            plan = policy.plan(scenario)
+        plan = check_plan(plan, scenario)
+        if plan.solve:
+            self.seconds |= {"build": plan.solve.build_seconds, "solve": plan.solve.solve_seconds}
+        return plan
 
     def tell(self, what: str, jobs: int = 1) -> None:
         """Report that `what` starts, and count it as `jobs`."""

@@ -14,7 +14,6 @@ from llmopt.evaluate.jobs import Jobs, Progress, reason
 from llmopt.evaluate.ratio_comparison import RatioComparison, RatioOutcome
 from llmopt.evaluate.ratio_curve import Curve, curve_order
 from llmopt.evaluate.ways import checked_ways
-from llmopt.plan import check_plan
 from llmopt.policy import Policy
 from llmopt.ratio import Published, horizon_load, published
 from llmopt.ratio_report import ratio_report
@@ -62,14 +61,8 @@ class _Game(Jobs):
         return replace(outcome, seconds=dict(self.seconds))
 
     def plan(self, policy: Policy, outcome: RatioOutcome) -> RatioOutcome:
-        """Decide; solver seconds are part of the planning seconds."""
-        self.tell(f"{policy.name}: plan")
-        with self.timed("plan"):
-            plan = policy.plan(self.scenario)
-        plan = check_plan(plan, self.scenario)
-        if plan.solve:
-            self.seconds |= {"build": plan.solve.build_seconds, "solve": plan.solve.solve_seconds}
-        return replace(outcome, plan=plan)
+        """Decide."""
+        return replace(outcome, plan=self.planned(policy, self.scenario))
 
     def simulate(self, outcome: RatioOutcome) -> RatioOutcome:
         """The curves of the plan's shapes, simulated where they are new."""

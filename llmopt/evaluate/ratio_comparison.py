@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from llmopt import __version__
 from llmopt.bundle import Bundle
 from llmopt.evaluate.ratio_curve import METRICS, Curve, published_verdict, shape, simulated_optimum
 from llmopt.evaluate.report import Estimate
@@ -185,24 +184,18 @@ class RatioComparison(Written):
 
     def records(self) -> list[dict[str, Any]]:
         """Flat rows for CSV and Parquet."""
-        head = {"scenario": self.scenario.name, "digest": self.scenario.digest, "llmopt": __version__}
-        seeds = " ".join(str(s) for s in self.seeds)
-        return [head | {"seeds": seeds} | self._row(outcome) for outcome in self.outcomes]
+        head = self.stamp(self.scenario, self.seeds)
+        return [head | self._row(outcome) for outcome in self.outcomes]
 
     def timings(self) -> dict[str, dict[str, float]]:
         """Wall-clock seconds of each policy: plan, of that build and solve; run: the simulations that it waited for."""
-        return {outcome.policy: dict(outcome.seconds) for outcome in self.outcomes}
+        return self.seconds_of(self.outcomes)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the timings, as plain data."""
         evaluation = self.scenario.evaluation
-        head = {
-            "llmopt": __version__,
-            "scenario": self.scenario.name,
+        head = self.heading(self.scenario) | {
             "problem": self.scenario.problem,
-            "question": self.scenario.question,
-            "digest": self.scenario.digest,
-            "rate": self.scenario.workload.total_rate,
             "requests": evaluation.requests,
             "start": evaluation.start,
             "confidence": evaluation.confidence,

@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from llmopt import __version__
 from llmopt.output import to_json, write
+from llmopt.scenario import Scenario
+
+
+class Timed(Protocol):
+    """A row of a comparison."""
+
+    @property
+    def policy(self) -> str:
+        """Name of the policy."""
+        ...
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """Wall-clock seconds by stage."""
+        ...
 
 
 class Written(ABC):
@@ -23,6 +40,28 @@ class Written(ABC):
     @abstractmethod
     def timings(self) -> dict[str, dict[str, float]]:
         """Wall-clock seconds of each policy."""
+
+    @staticmethod
+    def seconds_of(outcomes: Iterable[Timed]) -> dict[str, dict[str, float]]:
+        """Wall-clock seconds by policy and stage."""
+        return {outcome.policy: dict(outcome.seconds) for outcome in outcomes}
+
+    @staticmethod
+    def stamp(scenario: Scenario, seeds: Iterable[int]) -> dict[str, Any]:
+        """What every flat row begins with: scenario, digest, version and seeds."""
+        head = {"scenario": scenario.name, "digest": scenario.digest, "llmopt": __version__}
+        return head | {"seeds": " ".join(str(seed) for seed in seeds)}
+
+    @staticmethod
+    def heading(scenario: Scenario) -> dict[str, Any]:
+        """What the plain data begin with: version, scenario, question, digest and rate (requests/s)."""
+        return {
+            "llmopt": __version__,
+            "scenario": scenario.name,
+            "question": scenario.question,
+            "digest": scenario.digest,
+            "rate": scenario.workload.total_rate,
+        }
 
     def to_json(self, path: str | Path | None = None, timings: bool = True) -> str:
         """JSON text, also written to `path`; the timings are its last block, or left out."""
